@@ -1,0 +1,25 @@
+"""Errors that a user can act on. Each message names the thing, shows the values and says what to do."""
+
+
+class TaopdError(ValueError):
+    """Base of every error caused by the user's input; bugs of ours raise other types."""
+
+
+class ConfigError(TaopdError):
+    """An option, or a combination of options, cannot be honoured."""
+
+
+class DataError(TaopdError):
+    """A prompt or rollout file cannot be used as it is."""
+
+
+class ModelError(TaopdError):
+    """A model directory is missing something, is unsupported or does not fit the layout."""
+
+
+class CheckpointError(TaopdError):
+    """A Megatron checkpoint cannot be read or written."""
+
+
+class TokenizerMismatchError(TaopdError):
+    """Student and teacher do not read or stop on the same token ids."""
