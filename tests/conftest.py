@@ -1,0 +1,41 @@
+"""Shared by all tests: gloo ranks that start once a session, and one thread a process."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_taopd.testing import WorkerPool
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread_and_importable() -> Iterator[None]:
+    """Ranks and command lines started by tests find this checkout; small tensors are fastest on one thread."""
+    torch.set_num_threads(1)
+    python_path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", python_path)
+        patch.setenv("OMP_NUM_THREADS", "1")
+        patch.syspath_prepend(str(ROOT))
+        yield
+
+
+@pytest.fixture(scope="session")
+def pool() -> Iterator[Callable[[int], WorkerPool]]:
+    """``pool(n)`` gives the session's ``n`` gloo ranks; each size starts once."""
+    pools: dict[int, WorkerPool] = {}
+
+    def get(world_size: int) -> WorkerPool:
+        if world_size not in pools:
+            pools[world_size] = WorkerPool(world_size)
+        return pools[world_size]
+
+    yield get
+    for open_pool in pools.values():
+        open_pool.close()
