@@ -1,0 +1,164 @@
+"""Process groups: started from torchrun's environment or alone, laid out by Megatron's ``parallel_state``."""
+
+from __future__ import annotations
+
+import os
+import random
+import types
+from datetime import timedelta
+
+import numpy
+import torch
+import torch.distributed as dist
+
+from megatron_taopd.errors import ConfigError
+from megatron_taopd.platform import backend, enable, has_cuda
+from megatron_taopd.platform.layout import ParallelConfig
+
+
+def _parallel_state() -> types.ModuleType:
+    # Imported at first use: this module is imported for its names by rooms that never start Megatron.
+    enable()
+    from megatron.core import parallel_state
+
+    return parallel_state
+
+
+def initialize(config: ParallelConfig, *, seed: int) -> None:
+    """Start ``torch.distributed`` if nobody has, lay out the model-parallel groups and seed every generator.
+
+    A second call lays the groups out anew over the same processes. Pipeline stages get seeds 100 apart, as in
+    Megatron's own training script; data-parallel replicas share theirs.
+
+    Raises:
+        ConfigError: the number of ranks is not a multiple of TP x PP.
+    """
+    timeout = timedelta(minutes=config.distributed_timeout_minutes)
+    if not dist.is_initialized():
+        _start_process_group(timeout)
+    world_size = dist.get_world_size()
+    if world_size % config.model_parallel_size:
+        raise ConfigError(
+            f"{world_size} ranks cannot hold whole models of --tensor-model-parallel-size "
+            f"{config.tensor_model_parallel_size} x --pipeline-model-parallel-size "
+            f"{config.pipeline_model_parallel_size} = {config.model_parallel_size} ranks each; start a "
+            f"multiple of {config.model_parallel_size} ranks (torchrun --nproc-per-node) or change the layout"
+        )
+    if _parallel_state().model_parallel_is_initialized():
+        _parallel_state().destroy_model_parallel()
+    _parallel_state().initialize_model_parallel(
+        tensor_model_parallel_size=config.tensor_model_parallel_size,
+        pipeline_model_parallel_size=config.pipeline_model_parallel_size,
+        context_parallel_size=config.context_parallel_size,
+        expert_model_parallel_size=config.expert_model_parallel_size,
+        distributed_timeout_minutes=config.distributed_timeout_minutes,
+    )
+    seed_all(seed)
+
+
+def _start_process_group(timeout: timedelta) -> None:
+    if has_cuda():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+        dist.init_process_group(backend(), timeout=timeout)
+    else:
+        dist.init_process_group(backend(), store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+
+
+def seed_all(seed: int) -> None:
+    """Seed Python, NumPy, torch and Megatron's tracker. ``seed`` must be the same on all ranks."""
+    from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+
+    stage_seed = seed + 100 * _parallel_state().get_pipeline_model_parallel_rank()
+    random.seed(stage_seed)
+    numpy.random.seed(stage_seed % 2**32)
+    torch.manual_seed(stage_seed)
+    model_parallel_cuda_manual_seed(stage_seed)
+
+
+def shutdown() -> None:
+    """Leave the model-parallel groups and ``torch.distributed``."""
+    if _parallel_state().model_parallel_is_initialized():
+        _parallel_state().destroy_model_parallel()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def rank() -> int:
+    """Rank of this process among all."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    """Number of processes."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def is_rank_zero() -> bool:
+    """Whether this process is the first of all."""
+    return rank() == 0
+
+
+def tensor_parallel_group() -> dist.ProcessGroup:
+    """Ranks that share this rank's layers and vocabulary."""
+    return _parallel_state().get_tensor_model_parallel_group()
+
+
+def tensor_parallel_rank() -> int:
+    """Index of this rank's shard."""
+    return _parallel_state().get_tensor_model_parallel_rank()
+
+
+def tensor_parallel_size() -> int:
+    """Number of shards of a layer."""
+    return _parallel_state().get_tensor_model_parallel_world_size()
+
+
+def pipeline_parallel_group() -> dist.ProcessGroup:
+    """Stages of this rank's pipeline."""
+    return _parallel_state().get_pipeline_model_parallel_group()
+
+
+def pipeline_parallel_rank() -> int:
+    """Index of this rank's stage."""
+    return _parallel_state().get_pipeline_model_parallel_rank()
+
+
+def pipeline_parallel_size() -> int:
+    """Number of stages."""
+    return _parallel_state().get_pipeline_model_parallel_world_size()
+
+
+def data_parallel_group() -> dist.ProcessGroup:
+    """Ranks that hold the same weights as this one."""
+    return _parallel_state().get_data_parallel_group()
+
+
+def data_parallel_rank() -> int:
+    """Index of this rank's replica."""
+    return _parallel_state().get_data_parallel_rank()
+
+
+def data_parallel_size() -> int:
+    """Number of replicas."""
+    return _parallel_state().get_data_parallel_world_size()
+
+
+def model_parallel_group() -> dist.ProcessGroup:
+    """Ranks that together hold one replica: tensor times pipeline parallel."""
+    return _parallel_state().get_model_parallel_group()
+
+
+def is_first_stage() -> bool:
+    """Whether this rank embeds the tokens."""
+    return _parallel_state().is_pipeline_first_stage()
+
+
+def is_last_stage() -> bool:
+    """Whether this rank ends in hidden states and holds an LM head."""
+    return _parallel_state().is_pipeline_last_stage()
+
+
+def last_stage_rank() -> int:
+    """Global rank of the last stage of this rank's pipeline, the source of its broadcasts."""
+    return _parallel_state().get_pipeline_model_parallel_last_rank()
