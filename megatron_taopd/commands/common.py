@@ -1,0 +1,56 @@
+"""What every sub-command does first and last."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from megatron_taopd.config_file import flat_values
+from megatron_taopd.platform import distributed
+from megatron_taopd.platform.layout import ParallelConfig
+
+
+@contextmanager
+def ranks(parallel: ParallelConfig, *, seed: int) -> Iterator[None]:
+    """Process groups and model-parallel state for the time of a command."""
+    distributed.initialize(parallel, seed=seed)
+    try:
+        configure_logging()
+        yield
+    finally:
+        distributed.shutdown()
+
+
+def configure_logging() -> None:
+    """Notes of this package on standard output of rank 0; warnings of the others on standard error."""
+    root = logging.getLogger("megatron_taopd")
+    for handler in list(root.handlers):
+        root.removeHandler(handler)
+    first = distributed.rank() == 0
+    handler = logging.StreamHandler(sys.stdout if first else sys.stderr)
+    handler.setFormatter(logging.Formatter("> %(message)s" if first else f"> rank {distributed.rank()}: %(message)s"))
+    root.addHandler(handler)
+    root.setLevel(logging.INFO if first else logging.ERROR)
+    root.propagate = False
+
+
+def announce(config: Any, title: str, save_to: str | None = None) -> dict[str, Any]:
+    """Print the resolved configuration on rank 0 (and write it as YAML that ``--config`` reads); returns it flat."""
+    values = flat_values(config)
+    if distributed.rank() == 0:
+        text = yaml.safe_dump(values, sort_keys=False)
+        print(f"------------------------ {title} ------------------------")
+        width = max(map(len, values))
+        for name, value in values.items():
+            print(f"  {name} {'.' * (width + 3 - len(name))} {value}")
+        print("-" * (50 + len(title)), flush=True)
+        if save_to is not None:
+            Path(save_to).mkdir(parents=True, exist_ok=True)
+            (Path(save_to) / "config.yaml").write_text(text, encoding="utf-8")
+    return values

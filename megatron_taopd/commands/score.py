@@ -1,0 +1,66 @@
+"""``taopd score``."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from megatron_taopd.cli import parse
+from megatron_taopd.commands.common import announce, ranks
+from megatron_taopd.config import ScoreConfig
+
+
+def score(words: Sequence[str]) -> None:
+    """Statistics, scores and keep mask of recorded rollouts."""
+    config: ScoreConfig = parse(ScoreConfig, words, name="score")
+    with ranks(config.parallel, seed=config.seed):
+        run_scoring(config)
+
+
+def run_scoring(config: ScoreConfig) -> None:
+    """Score as configured; process groups exist."""
+    from megatron_taopd.data.batches import make_micro_batches
+    from megatron_taopd.data.records import read_rollouts
+    from megatron_taopd.platform import distributed
+    from megatron_taopd.training.pair import load_pair
+    from megatron_taopd.training.score_table import gather_score_table, write_score_table
+    from megatron_taopd.training.scoring import score_micro_batches, select_rows
+    from megatron_taopd.training.sources import even_share
+
+    announce(config, "taopd score")
+    pair = load_pair(config.models, config.parallel, config.precision, train_student=False)
+    rollouts = read_rollouts(
+        config.rollout_data, vocab_size=pair.vocab_size, max_response_length=config.max_response_length
+    )
+    place = even_share(len(rollouts))
+    parallel = config.parallel
+    micro_batches = make_micro_batches(
+        rollouts[place],
+        micro_batch_size=config.micro_batch_size,
+        sample_offset=place.start,
+        length_multiple=parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1,
+    )
+    scored = score_micro_batches(
+        pair,
+        pair.student.module,
+        micro_batches,
+        config=config.selection,
+        temperature=config.temperature,
+        logits_chunk_bytes=config.logits_chunk_bytes,
+        keep_teacher_hidden=False,
+        group_size=max(8, parallel.pipeline_model_parallel_size),
+        progress=_show_progress if distributed.rank() == distributed.world_size() - 1 else None,
+    )
+    table = None
+    if scored is not None:
+        selection = select_rows(scored, config.selection, seed=config.seed, step=0)
+        table = gather_score_table(scored, selection, rollouts)
+    if table is not None:
+        write_score_table(table, config.output)
+        kept, rows = sum(table["keep"]), len(table["keep"])
+        print(f"> {rows} response positions, {kept} kept ({kept / rows:.2%}): {config.output}", flush=True)
+
+
+def _show_progress(done: int, total: int) -> None:
+    if sys.stderr.isatty():
+        print(f"\r> scored {done}/{total} micro-batches", end="" if done < total else "\n", file=sys.stderr)

@@ -1,0 +1,82 @@
+"""``taopd train``."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+
+from megatron_taopd.cli import parse
+from megatron_taopd.commands.common import announce, ranks
+from megatron_taopd.config import TrainConfig
+
+logger = logging.getLogger(__name__)
+
+
+def train(words: Sequence[str]) -> None:
+    """Distil a teacher into a student on the student's own responses."""
+    config: TrainConfig = parse(TrainConfig, words, name="train")
+    with ranks(config.parallel, seed=config.seed):
+        run_training(config)
+
+
+def run_training(config: TrainConfig) -> None:
+    """Train as configured; process groups exist. Everything that can be refused is refused before any step."""
+    from megatron_taopd.training.hooks.base import Hook
+    from megatron_taopd.training.hooks.checkpoint import CheckpointHook, ExportHook
+    from megatron_taopd.training.hooks.console import ConsoleHook
+    from megatron_taopd.training.hooks.metrics_file import MetricsFileHook
+    from megatron_taopd.training.hooks.tensorboard import TensorBoardHook
+    from megatron_taopd.training.loop import Trainer, TrainState, local_batch_size, wrap_student
+    from megatron_taopd.training.optimizer import build_optimizer, build_scheduler
+    from megatron_taopd.training.pair import load_pair
+    from megatron_taopd.training.resume import resume
+    from megatron_taopd.training.sources import open_source
+
+    batch, logging_config, checkpoint = config.batch, config.logging, config.checkpoint
+    resolved = announce(config, "taopd train", save_to=logging_config.log_dir)
+    local_batch_size(batch.global_batch_size, batch.micro_batch_size)
+    pair = load_pair(
+        config.models, config.parallel, config.precision, train_student=True, recompute=config.recompute
+    )
+    source = open_source(config, pair)
+    student = wrap_student(
+        pair,
+        use_distributed_optimizer=config.optimization.use_distributed_optimizer,
+        bf16=config.precision.bf16,
+    )
+    optimizer = build_optimizer(config.optimization, [student], bf16=config.precision.bf16)
+    scheduler = build_scheduler(
+        config.optimization,
+        optimizer,
+        train_iters=batch.train_iters,
+        global_batch_size=batch.global_batch_size,
+    )
+    state = TrainState()
+    if checkpoint.load is not None:
+        state = resume(
+            checkpoint.load,
+            student=student,
+            optimizer=optimizer,
+            scheduler=scheduler,
+            may_be_empty=checkpoint.load == checkpoint.save,
+        )
+    hooks: list[Hook] = [ConsoleHook(logging_config.log_interval)]
+    if logging_config.log_dir is not None:
+        hooks.append(MetricsFileHook(logging_config.log_dir))
+    if logging_config.tensorboard_dir is not None:
+        hooks.append(TensorBoardHook(logging_config.tensorboard_dir))
+    if checkpoint.save is not None:
+        hooks.append(CheckpointHook(checkpoint.save, checkpoint.save_interval, resolved))
+    if checkpoint.export_hf is not None:
+        hooks.append(ExportHook(checkpoint.export_hf))
+    trainer = Trainer(
+        config,
+        pair=pair,
+        student=student,
+        optimizer=optimizer,
+        scheduler=scheduler,
+        source=source,
+        hooks=hooks,
+        state=state,
+    )
+    trainer.fit()

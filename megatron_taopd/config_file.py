@@ -1,0 +1,84 @@
+"""``--config FILE.yaml``: a flat mapping of flags, layered under those of the command line."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import typing
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from megatron_taopd.errors import ConfigError
+
+
+def flag_fields(config_type: type) -> dict[str, Any]:
+    """Every flag of a configuration class, nested classes flattened: field name to type."""
+    hints = typing.get_type_hints(config_type)
+    flags: dict[str, Any] = {}
+    for field in dataclasses.fields(config_type):
+        kind = hints[field.name]
+        if dataclasses.is_dataclass(kind):
+            flags.update(flag_fields(typing.cast(type, kind)))
+        else:
+            flags[field.name] = kind
+    return flags
+
+
+def flat_values(config: Any) -> dict[str, Any]:
+    """The resolved values of a configuration, nested classes flattened, as ``--config`` reads them back."""
+    values: dict[str, Any] = {}
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if dataclasses.is_dataclass(value):
+            values.update(flat_values(value))
+        else:
+            values[field.name] = value
+    return values
+
+
+def read_config_file(path: str | Path, config_type: type) -> list[str]:
+    """Turn a YAML file into command-line words; words that follow them on the command line win.
+
+    Keys are flag names with hyphens or underscores; ``null`` leaves a flag at its default.
+
+    Raises:
+        ConfigError: the file is missing, not a flat mapping, or has a key that is no flag (nearest names are shown).
+    """
+    try:
+        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"--config {path} cannot be read: {error.strerror}") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--config {path} is not valid YAML: {error}") from error
+    if content is None:
+        return []
+    if not isinstance(content, dict):
+        raise ConfigError(f"--config {path} must be a mapping of flag names to values, not {type(content).__name__}")
+    flags = flag_fields(config_type)
+    words: list[str] = []
+    for key, value in content.items():
+        name = str(key).replace("-", "_")
+        if name not in flags:
+            near = difflib.get_close_matches(name, flags, n=3, cutoff=0.5)
+            hint = f"; did you mean {' or '.join(near)}?" if near else f"; known keys: {', '.join(sorted(flags))}"
+            raise ConfigError(f"--config {path}: unknown key {key!r}{hint}")
+        words += _as_words(path, name, value)
+    return words
+
+
+def _as_words(path: str | Path, name: str, value: Any) -> list[str]:
+    flag = "--" + name.replace("_", "-")
+    if value is None:
+        return []
+    if isinstance(value, bool):
+        return [flag if value else "--no-" + flag[2:]]
+    if isinstance(value, dict):
+        return [f"{flag}={json.dumps(value)}"]
+    if isinstance(value, list):
+        return [flag, *(str(item) for item in value)]
+    if isinstance(value, str | int | float):
+        return [f"{flag}={value}"]
+    raise ConfigError(f"--config {path}: {name} has a value of type {type(value).__name__}; use a plain value")

@@ -1,0 +1,5 @@
+"""The loop: rollout, score, select, train, step."""
+
+from megatron_taopd import platform
+
+platform.enable()

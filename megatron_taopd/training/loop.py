@@ -1,0 +1,198 @@
+"""The loop: rollout, score, select, train, step. Everything periodic is a hook."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.pipeline_parallel import get_forward_backward_func
+
+from megatron_taopd.config import TrainConfig
+from megatron_taopd.data.batches import MicroBatch, make_micro_batches
+from megatron_taopd.data.records import Rollout
+from megatron_taopd.errors import ConfigError
+from megatron_taopd.platform import distributed
+from megatron_taopd.training.hooks.base import Hook
+from megatron_taopd.training.metrics import step_metrics
+from megatron_taopd.training.pair import ModelPair
+from megatron_taopd.training.scoring import score_micro_batches, select_rows
+from megatron_taopd.training.sources import ResponseSource
+from megatron_taopd.training.step import DistillationForwardStep, with_targets
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class TrainState:
+    """Where the run is; saved with every checkpoint."""
+
+    iteration: int = 0
+    consumed_samples: int = 0
+
+
+def local_batch_size(global_batch_size: int, micro_batch_size: int) -> int:
+    """Responses a step on this data-parallel rank.
+
+    Raises:
+        ConfigError: the batch does not divide over the replicas and micro-batches.
+    """
+    replicas = distributed.data_parallel_size()
+    if global_batch_size % (replicas * micro_batch_size):
+        raise ConfigError(
+            f"--global-batch-size {global_batch_size} must be a multiple of --micro-batch-size {micro_batch_size} x "
+            f"{replicas} data-parallel replicas = {replicas * micro_batch_size}"
+        )
+    return global_batch_size // replicas
+
+
+def wrap_student(
+    pair: ModelPair, *, use_distributed_optimizer: bool, bf16: bool
+) -> DistributedDataParallel:
+    """Megatron's DDP around the student: gradients accumulate in contiguous buffers."""
+    return DistributedDataParallel(
+        config=pair.student.config,
+        ddp_config=DistributedDataParallelConfig(
+            grad_reduce_in_fp32=bf16,
+            use_distributed_optimizer=use_distributed_optimizer,
+            check_for_nan_in_grad=True,
+        ),
+        module=pair.student.module,
+    )
+
+
+class Trainer:
+    """Runs training steps over one pair of models."""
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        *,
+        pair: ModelPair,
+        student: DistributedDataParallel,
+        optimizer: MegatronOptimizer,
+        scheduler: OptimizerParamScheduler,
+        source: ResponseSource,
+        hooks: Sequence[Hook] = (),
+        state: TrainState | None = None,
+    ) -> None:
+        self.config = config
+        self.pair = pair
+        self.student = student
+        self.optimizer = optimizer
+        self.scheduler = scheduler
+        self.source = source
+        self.hooks = list(hooks)
+        self.state = state or TrainState()
+        self.temperature = config.scoring.resolve_temperature(config.rollout.temperature)
+        self.local_batch_size = local_batch_size(
+            config.batch.global_batch_size, config.batch.micro_batch_size
+        )
+        self.forward_step = DistillationForwardStep(
+            pair=pair,
+            loss=config.loss,
+            support_k=config.selection.support_k,
+            temperature=self.temperature,
+            logits_chunk_bytes=config.scoring.logits_chunk_bytes,
+        )
+        model_config = pair.student.config
+        model_config.finalize_model_grads_func = finalize_model_grads
+        model_config.grad_scale_func = optimizer.scale_loss
+
+    def fit(self) -> None:
+        """Train up to ``--train-iters``; hooks see every step."""
+        for hook in self.hooks:
+            hook.on_start(self)
+        while self.state.iteration < self.config.batch.train_iters:
+            metrics = self.step()
+            for hook in self.hooks:
+                hook.on_step(self, metrics)
+        for hook in self.hooks:
+            hook.on_end(self)
+
+    def step(self) -> dict[str, float]:
+        """One training step on fresh responses; the metrics are the same on every rank."""
+        started = time.perf_counter()
+        step_number = self.state.iteration
+        rollouts = self.source.responses(
+            consumed_samples=self.state.consumed_samples,
+            global_batch_size=self.config.batch.global_batch_size,
+            step=step_number,
+        )
+        rolled_out = time.perf_counter()
+
+        micro_batches = self.micro_batches(rollouts)
+        scored = score_micro_batches(
+            self.pair,
+            self.student,
+            micro_batches,
+            config=self.config.selection,
+            temperature=self.temperature,
+            logits_chunk_bytes=self.config.scoring.logits_chunk_bytes,
+            keep_teacher_hidden=True,
+        )
+        selection = None
+        if scored is not None:
+            selection = select_rows(
+                scored, self.config.selection, seed=self.config.seed, step=step_number
+            )
+        batches = with_targets(micro_batches, scored, selection, self.config.loss)
+        scored_at = time.perf_counter()
+
+        self.student.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        rows, length = micro_batches[0].tokens_BS.shape
+        reports = get_forward_backward_func()(
+            forward_step_func=self.forward_step,
+            data_iterator=iter(batches),
+            model=self.student,
+            num_microbatches=len(batches),
+            seq_length=length,
+            micro_batch_size=rows,
+            forward_only=False,
+        )
+        updated, grad_norm, _ = self.optimizer.step()
+        learning_rate = self.optimizer.param_groups[0]["lr"]
+        if updated:
+            self.scheduler.step(increment=self.config.batch.global_batch_size)
+        trained = time.perf_counter()
+
+        self.state.iteration += 1
+        self.state.consumed_samples += self.config.batch.global_batch_size
+        return step_metrics(
+            iteration=self.state.iteration,
+            rollouts=rollouts,
+            scored=scored,
+            selection=selection,
+            reports=reports,
+            loss_normalization=self.config.loss.loss_normalization,
+            learning_rate=learning_rate,
+            grad_norm=grad_norm,
+            skipped=not updated,
+            times={
+                "time_rollout": rolled_out - started,
+                "time_score": scored_at - rolled_out,
+                "time_train": trained - scored_at,
+                "time_step": trained - started,
+            },
+        )
+
+    def micro_batches(self, rollouts: list[Rollout]) -> list[MicroBatch]:
+        """This replica's responses as padded micro-batches."""
+        parallel = self.config.parallel
+        return make_micro_batches(
+            rollouts,
+            micro_batch_size=self.config.batch.micro_batch_size,
+            sample_offset=distributed.data_parallel_rank() * self.local_batch_size,
+            length_multiple=parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1,
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain values that a checkpoint keeps beside weights and optimizer."""
+        return {"iteration": self.state.iteration, "consumed_samples": self.state.consumed_samples}

@@ -1,0 +1,118 @@
+"""The numbers of a step, summed over the last-stage ranks and told to every rank.
+
+Everything is a sum until the end, then divided once by a global count, so that no number depends on the layout.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from megatron_taopd.data.records import Rollout
+from megatron_taopd.platform import distributed
+from megatron_taopd.teachability import Selection
+from megatron_taopd.training.scoring import ScoredRows
+
+MEAN_STATISTICS = {
+    "mean_D": "D",
+    "mean_C": "C",
+    "mean_C_topk": "C_topk",
+    "mean_H": "H",
+    "kl_forward": "kl_forward",
+    "kl_reverse": "kl_reverse",
+    "teacher_entropy": "teacher_entropy",
+    "overlap": "overlap",
+    "student_mass": "student_mass",
+}
+
+
+def step_metrics(
+    *,
+    iteration: int,
+    rollouts: Sequence[Rollout],
+    scored: ScoredRows | None,
+    selection: Selection | None,
+    reports: Sequence[dict[str, torch.Tensor]],
+    loss_normalization: str,
+    learning_rate: float,
+    grad_norm: float,
+    skipped: bool,
+    times: dict[str, float],
+) -> dict[str, float]:
+    """Metrics of a step (docs/metrics.md has the meaning of each), the same on every rank; all ranks call it.
+
+    Args:
+        rollouts: responses of this replica.
+        scored, selection: of this rank, None off the last stage.
+        reports: what the loss function reported, a dictionary a micro-batch; empty off the last stage.
+        times: seconds of the parts of the step, as this rank saw them; the slowest rank's are reported.
+    """
+    sums: dict[str, float] = {}
+    summary: dict[str, float] = {}
+    if scored is not None and selection is not None:
+        statistics = scored.statistics
+        sums["num_valid_tokens"] = selection.keep.numel()
+        sums["num_kept_tokens"] = float(selection.keep.sum())
+        for name, field in MEAN_STATISTICS.items():
+            sums[name] = float(getattr(statistics, field).double().sum())
+        kept_kl = statistics.kl_forward[selection.keep].double().sum()
+        sums["kept_kl_forward"] = float(kept_kl)
+        sums["responses"] = len(rollouts)
+        sums["response_tokens"] = sum(len(r.response_tokens) for r in rollouts)
+        sums["prompt_tokens"] = sum(len(r.prompt_tokens) for r in rollouts)
+        sums["stopped"] = sum(r.finish_reason == "stop" for r in rollouts)
+        for report in reports:
+            for name, value in report.items():
+                sums[f"loss/{name}"] = sums.get(f"loss/{name}", 0.0) + float(value)
+        sums = _sum_over_replicas(sums)
+        summary = {k: float(v) for k, v in selection.summary.items() if isinstance(v, int | float)}
+    sums, summary = _tell_from_last_stage((sums, summary))
+
+    valid, kept = sums["num_valid_tokens"], sums["num_kept_tokens"]
+    count = kept if loss_normalization == "kept" else valid
+    slowest = _maximum(times)
+    metrics: dict[str, float] = {
+        "iteration": iteration,
+        "loss": sums.pop("loss/loss_sum") / max(count, 1.0),
+        "grad_norm": float(grad_norm),
+        "learning_rate": float(learning_rate),
+        "num_valid_tokens": valid,
+        "num_kept_tokens": kept,
+        "keep_ratio": kept / max(valid, 1.0),
+        **{name: sums[name] / max(valid, 1.0) for name in MEAN_STATISTICS},
+        "kept_kl_forward": sums["kept_kl_forward"] / max(kept, 1.0),
+        "response_length": sums["response_tokens"] / max(sums["responses"], 1.0),
+        "stop_share": sums["stopped"] / max(sums["responses"], 1.0),
+        **slowest,
+        "tokens_per_second": (sums["response_tokens"] + sums["prompt_tokens"]) / slowest["time_step"],
+        "skipped": float(skipped),
+    }
+    for name, value in sums.items():
+        if name.startswith("loss/"):
+            metrics[name.removeprefix("loss/")] = value / max(kept, 1.0)
+    for name, value in summary.items():
+        metrics.setdefault(name, value)
+    return metrics
+
+
+def _sum_over_replicas(sums: dict[str, float]) -> dict[str, float]:
+    names = sorted(sums)
+    values = torch.tensor([sums[n] for n in names], dtype=torch.float64, device=distributed.device())
+    torch.distributed.all_reduce(values, group=distributed.data_parallel_group())
+    return dict(zip(names, values.tolist(), strict=True))
+
+
+def _tell_from_last_stage(values: Any) -> Any:
+    group = distributed.pipeline_parallel_group()
+    box = [values]
+    last = torch.distributed.get_process_group_ranks(group)[-1]
+    torch.distributed.broadcast_object_list(box, src=last, group=group)
+    return box[0]
+
+
+def _maximum(times: dict[str, float]) -> dict[str, float]:
+    values = torch.tensor(list(times.values()), dtype=torch.float64, device=distributed.device())
+    torch.distributed.all_reduce(values, op=torch.distributed.ReduceOp.MAX)
+    return dict(zip(times, values.tolist(), strict=True))

@@ -1,0 +1,81 @@
+"""Tiny pairs, recorded responses and layouts on which the command line is compared with brute force."""
+
+from __future__ import annotations
+
+import json
+import random
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_taopd.testing.tiny_models import save_tiny_hf_model
+
+STUDENT_VOCAB, TEACHER_VOCAB = 509, 523
+FAMILIES = ("qwen3", "qwen2", "llama")
+
+
+@dataclass(frozen=True)
+class Layout:
+    name: str
+    world_size: int
+    flags: tuple[str, ...]
+
+
+LAYOUTS = (
+    Layout("TP1", 1, ()),
+    Layout("TP2", 2, ("--tensor-model-parallel-size", "2")),
+    Layout("PP2", 2, ("--pipeline-model-parallel-size", "2")),
+    Layout("DP2", 2, ()),
+    Layout("TP4", 4, ("--tensor-model-parallel-size", "4")),
+    Layout(
+        "TP2PP2SP",
+        4,
+        ("--tensor-model-parallel-size", "2", "--pipeline-model-parallel-size", "2", "--sequence-parallel"),
+    ),
+)
+
+
+def make_pair(directory: Path, family: str, *, tied_student: bool = False, tied_teacher: bool = True) -> None:
+    """A student and a teacher of other width, depth and vocabulary in ``directory``."""
+    save_tiny_hf_model(
+        directory / "student",
+        family,
+        vocab_size=STUDENT_VOCAB,
+        hidden_size=32,
+        num_layers=2,
+        num_heads=4,
+        num_kv_heads=4,
+        ffn_size=64,
+        tied=tied_student,
+        seed=1,
+    )
+    save_tiny_hf_model(
+        directory / "teacher",
+        family,
+        vocab_size=TEACHER_VOCAB,
+        hidden_size=48,
+        num_layers=4,
+        num_heads=8,
+        num_kv_heads=4,
+        ffn_size=96,
+        tied=tied_teacher,
+        seed=2,
+    )
+
+
+def make_rollouts(path: Path, *, count: int = 8, seed: int = 0, with_logprobs: bool = False) -> list[dict]:
+    """Recorded responses of unequal length with token ids alone."""
+    rng = random.Random(seed)
+    rows = []
+    for index in range(count):
+        response = [rng.randrange(3, STUDENT_VOCAB) for _ in range(rng.randrange(2, 14))]
+        row = {
+            "id": f"r{index}",
+            "prompt_tokens": [rng.randrange(3, STUDENT_VOCAB) for _ in range(rng.randrange(1, 9))],
+            "response_tokens": response,
+            "finish_reason": "length",
+        }
+        if with_logprobs:
+            row["response_logprobs"] = [-rng.uniform(2.0, 7.0) for _ in response]
+        rows.append(row)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return rows
