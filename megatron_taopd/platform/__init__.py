@@ -1,7 +1,7 @@
 """What this machine is: CUDA devices with NCCL, or one CPU with gloo and the adaptor for megatron-core.
 
-A room that imports Megatron begins its ``__init__.py`` with ``platform.enable()`` and imports Megatron in its
-modules only, so that the adaptor is in place first. Importing this package alone imports neither.
+A room that imports Megatron calls :func:`enable` at the top of its ``__init__.py`` and imports Megatron in
+its modules only, so that the adaptor is in place first. Importing this package alone imports neither.
 """
 
 from __future__ import annotations

@@ -38,18 +38,18 @@ _installed = False
 
 
 def install() -> None:
-    """Install the adaptor in this process, before Megatron is first imported. Idempotent.
+    """Install the adaptor in this process. Idempotent.
+
+    Best before Megatron is first imported, whose import is then faster; afterwards it works as well.
 
     Raises:
-        RuntimeError: a CUDA device is there, or Megatron was imported first.
+        RuntimeError: a CUDA device is there.
     """
     global _installed
     if _installed:
         return
     if torch.cuda.is_available():
         raise RuntimeError("the CPU adaptor must not be installed where a CUDA device is available")
-    if "megatron.core.tensor_parallel" in sys.modules:
-        raise RuntimeError("import megatron_taopd.platform before megatron.core")
     _installed = True
     _adapt_factories()
     _adapt_tensor_methods()
@@ -99,7 +99,7 @@ def _adapt_tensor_methods() -> None:
     def to_cuda(self: Any, *args: Any, **kwargs: Any) -> Any:
         return self
 
-    torch.Tensor.type = tensor_type  # type: ignore[method-assign, assignment]
+    torch.Tensor.type = tensor_type  # type: ignore[method-assign]
     torch.Tensor.cuda = to_cuda  # type: ignore[method-assign]
     torch.Tensor.pin_memory = to_cuda  # type: ignore[method-assign]
     torch.Tensor.record_stream = to_cuda  # type: ignore[method-assign]
@@ -229,7 +229,7 @@ def _adapt_megatron() -> None:
 def _without_compiling() -> Iterator[None]:
     """Megatron's fuser is ``torch.compile``: slow to import, and on a CPU it wants a C++ compiler."""
     compiled = torch.compile
-    torch.compile = lambda function, *args, **kwargs: function  # type: ignore[assignment, misc]
+    torch.compile = lambda function, *args, **kwargs: function  # type: ignore[assignment]
     try:
         yield
     finally:

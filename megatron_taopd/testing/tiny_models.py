@@ -25,10 +25,10 @@ def save_tiny_hf_model(
     tied: bool = False,
     seed: int = 0,
 ) -> Path:
-    """Write an HF directory (config, generation config, fp32 safetensors) of a random model, without a tokenizer.
+    """Write an HF directory of a random model: config, generation config, fp32 safetensors, no tokenizer.
 
-    Weights are drawn so that everything that can go wrong shows: next-token distributions are far from uniform
-    and differ between seeds, norm weights are not 1 and biases not 0. Stop token 2, padding token 0.
+    Weights are drawn so that everything that can go wrong shows: next-token distributions are far from
+    uniform and differ between seeds, norm weights are not 1 and biases not 0. Stop token 2, padding token 0.
 
     Args:
         path: directory to create.

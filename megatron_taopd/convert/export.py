@@ -1,0 +1,137 @@
+"""The Megatron modules of all ranks back to one HF directory that ``from_pretrained`` loads."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
+
+from megatron_taopd.convert.hf_writer import HFWriter
+from megatron_taopd.convert.mapping import Rule, named, rule_for, rules
+from megatron_taopd.errors import ModelError
+from megatron_taopd.models.hf_config import HFModelConfig
+from megatron_taopd.platform import device, distributed
+
+if TYPE_CHECKING:
+    from megatron_taopd.models.gpt import DistillationGPTModel
+
+Key = tuple[int | None, str]
+"""A parameter of the whole model: its layer and its rule's Megatron name."""
+
+
+def export_hf(
+    module: DistillationGPTModel,
+    hf: HFModelConfig,
+    out_dir: str | Path,
+    *,
+    source_dir: str | Path | None = None,
+    max_shard_bytes: int = 5_000_000_000,
+) -> Path:
+    """Write the model as an HF directory. Collective over all ranks; it is complete when this returns.
+
+    Tensors travel to rank 0 one by one, so that it holds one file's worth at most. The directory is
+    written aside and renamed at the end: it is there whole or not at all.
+
+    Args:
+        module: this rank's stage, unwrapped (not the DDP wrapper).
+        hf: what the module was built from.
+        out_dir: directory to create; an earlier model there is replaced.
+        source_dir: where tokenizer, chat template and generation config are copied from; default
+            ``hf.path``.
+        max_shard_bytes: size at which the next weight file is begun.
+
+    Returns:
+        ``out_dir``.
+
+    Raises:
+        ModelError: ``out_dir`` exists and is no HF directory, or writing failed; the same on every rank.
+    """
+    out_dir = Path(out_dir)
+    writer = HFWriter(out_dir, max_shard_bytes) if distributed.is_rank_zero() else None
+    failure = _attempt(writer.begin) if writer else None
+    _raise_together(failure)
+    for name, tensor in _whole_tensors(module, hf):
+        # After a failure the tensors still have to be received, or their senders would wait for ever.
+        if writer is not None and failure is None:
+            failure = _attempt(writer.add, name, tensor)
+    if writer is not None and failure is None:
+        failure = _attempt(writer.finish, hf, Path(source_dir or hf.path))
+    _raise_together(failure)
+    return out_dir
+
+
+def _attempt(step: Callable[..., None], *args: Any) -> str | None:
+    try:
+        step(*args)
+    except (OSError, ModelError) as error:
+        return str(error)
+    return None
+
+
+def _raise_together(failure: str | None) -> None:
+    """Rank 0 writes; if that fails every rank raises."""
+    box = [failure]
+    if distributed.world_size() > 1:
+        dist.broadcast_object_list(box, src=0)
+    if box[0] is not None:
+        raise ModelError(f"cannot export the model: {box[0]}")
+
+
+def _whole_tensors(module: DistillationGPTModel, hf: HFModelConfig) -> Iterator[tuple[str, torch.Tensor]]:
+    """On rank 0 every HF tensor in turn, whole, on the CPU; on other ranks nothing, but they take part."""
+    mine = _parameters(module, hf)
+    owners = _owners(list(mine))
+    dtype = next(module.parameters()).dtype
+    for layer, rule in rules(hf):
+        key = (layer, rule.megatron)
+        owner = owners[key]
+        joined = _join(mine, key, rule, hf, owner)
+        for index, (template, shape) in enumerate(zip(rule.hf, rule.layout.shapes(hf), strict=True)):
+            if distributed.rank() == owner and owner != 0:
+                dist.send(joined[index].contiguous(), dst=0)
+            if distributed.is_rank_zero():
+                if owner == 0:
+                    tensor = joined[index].contiguous()
+                else:
+                    tensor = torch.empty(shape, dtype=dtype, device=device())
+                    dist.recv(tensor, src=owner)
+                assert tuple(tensor.shape) == shape, (template, tensor.shape, shape)
+                yield named(template, layer), tensor.cpu()
+
+
+def _parameters(module: DistillationGPTModel, hf: HFModelConfig) -> dict[Key, torch.Tensor]:
+    offset = get_transformer_layer_offset(module.config, module.vp_stage)
+    found = {}
+    for name, parameter in module.named_parameters():
+        layer, rule = rule_for(name, hf, offset)
+        found[(layer, rule.megatron)] = parameter.detach()
+    return found
+
+
+def _owners(mine: list[Key]) -> dict[Key, int]:
+    """For each parameter the first rank that has it: the first tensor-parallel rank of the first replica."""
+    everyone: list[list[Key]] = [mine]
+    if distributed.world_size() > 1:
+        everyone = [[] for _ in range(distributed.world_size())]
+        dist.all_gather_object(everyone, mine)
+    owners: dict[Key, int] = {}
+    for rank, keys in enumerate(everyone):
+        for key in keys:
+            owners.setdefault(key, rank)
+    return owners
+
+
+def _join(
+    mine: dict[Key, torch.Tensor], key: Key, rule: Rule, hf: HFModelConfig, owner: int
+) -> tuple[torch.Tensor, ...]:
+    """The HF tensors, on the ranks of the owner's tensor-parallel group; elsewhere nothing."""
+    group = distributed.tensor_parallel_group()
+    if key not in mine or dist.get_process_group_ranks(group)[0] != owner:
+        return ()
+    shards = [torch.empty_like(mine[key]) for _ in range(distributed.tensor_parallel_size())]
+    dist.all_gather(shards, mine[key].contiguous(), group=group)
+    return rule.layout.join(shards, hf)

@@ -1,0 +1,49 @@
+"""HF weights into this rank's Megatron module; every rank reads only its own slices."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
+
+from megatron_taopd.convert.health import WeightReport
+from megatron_taopd.convert.hf_reader import HFReader
+from megatron_taopd.convert.mapping import Shard, named, rule_for
+from megatron_taopd.models.hf_config import HFModelConfig
+from megatron_taopd.platform import distributed
+
+if TYPE_CHECKING:
+    from megatron_taopd.models.gpt import DistillationGPTModel
+
+
+def load_hf_weights(module: DistillationGPTModel, hf: HFModelConfig) -> WeightReport:
+    """Fill every parameter of ``module`` from the safetensors files of ``hf``, converted to its type.
+
+    Args:
+        module: this rank's stage, at its place in the current model-parallel layout.
+        hf: where the weights are.
+
+    Returns:
+        What the values read looked like, by HF tensor name; see :func:`health.refuse_unusable`.
+
+    Raises:
+        ModelError: a tensor is missing, has another shape than the configuration implies, or cannot be read.
+    """
+    reader = HFReader(hf.path)
+    shard = Shard(rank=distributed.tensor_parallel_rank(), size=distributed.tensor_parallel_size())
+    offset = get_transformer_layer_offset(module.config, module.vp_stage)
+    report = WeightReport()
+    for name, parameter in module.named_parameters():
+        layer, rule = rule_for(name, hf, offset)
+        names = [named(template, layer) for template in rule.hf]
+        sources = tuple(
+            report.watch(source_name, reader.slice(source_name, shape))
+            for source_name, shape in zip(names, rule.layout.shapes(hf), strict=True)
+        )
+        value = rule.layout.cut(sources, shard, hf, module.vocab_size)
+        if value.shape != parameter.shape:
+            raise RuntimeError(f"{name}: converted {tuple(value.shape)}, module has {tuple(parameter.shape)}")
+        with torch.no_grad():
+            parameter.copy_(value)
+    return report

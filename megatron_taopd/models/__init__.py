@@ -1,0 +1,31 @@
+"""Models: HF configuration, Megatron layer specs, the GPT model that ends in hidden states, loading."""
+
+from megatron_taopd import platform
+
+if not platform.has_cuda():  # Before the modules below import Megatron.
+    platform.enable()
+
+from megatron_taopd.models.build import LoadedModel, build_model, load_model, pad_vocab_size
+from megatron_taopd.models.gpt import DistillationGPTModel
+from megatron_taopd.models.hf_config import HFModelConfig, load_hf_config
+from megatron_taopd.models.source import hf_directory, is_megatron_checkpoint
+from megatron_taopd.models.transformer_config import (
+    build_transformer_config,
+    have_transformer_engine,
+    use_transformer_engine,
+)
+
+__all__ = [
+    "DistillationGPTModel",
+    "HFModelConfig",
+    "LoadedModel",
+    "build_model",
+    "build_transformer_config",
+    "have_transformer_engine",
+    "hf_directory",
+    "is_megatron_checkpoint",
+    "load_hf_config",
+    "load_model",
+    "pad_vocab_size",
+    "use_transformer_engine",
+]

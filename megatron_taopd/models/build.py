@@ -1,0 +1,128 @@
+"""Build this rank's part of a model and fill it with weights."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core.transformer import TransformerConfig
+
+from megatron_taopd.errors import ConfigError, ModelError
+from megatron_taopd.models.gpt import DistillationGPTModel
+from megatron_taopd.models.hf_config import HFModelConfig, load_hf_config
+from megatron_taopd.models.source import is_megatron_checkpoint
+from megatron_taopd.models.transformer_config import build_transformer_config
+from megatron_taopd.platform import device, distributed
+from megatron_taopd.platform.layout import ParallelConfig
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(kw_only=True)
+class LoadedModel:
+    """A model of this rank: what it is, how Megatron sees it, and the module itself."""
+
+    hf: HFModelConfig
+    config: TransformerConfig
+    module: DistillationGPTModel
+
+
+def pad_vocab_size(*vocab_sizes: int, tp: int, multiple: int = 128) -> int:
+    """Rows of the embedding and LM head, the same for all models given so that their shards line up.
+
+    As in Megatron, the largest vocabulary rounded up to a multiple of ``multiple * tp``.
+
+    Args:
+        vocab_sizes: real vocabularies of the models.
+        tp: tensor-parallel size.
+        multiple: rows of a shard are a multiple of it, which suits matrix products.
+    """
+    step = multiple * tp
+    return -(-max(vocab_sizes) // step) * step
+
+
+def build_model(
+    hf: HFModelConfig,
+    config: TransformerConfig,
+    *,
+    padded_vocab_size: int,
+    pre_process: bool | None = None,
+    post_process: bool | None = None,
+) -> DistillationGPTModel:
+    """This rank's stage, on this machine's device, its weights not yet filled.
+
+    Args:
+        pre_process: has the embedding; default: on the first pipeline stage.
+        post_process: has the final norm and the LM head; default: on the last.
+
+    Raises:
+        ConfigError: the padded vocabulary is too small or does not divide by the tensor-parallel size.
+    """
+    tensor = config.tensor_model_parallel_size
+    if padded_vocab_size < hf.vocab_size or padded_vocab_size % tensor:
+        raise ConfigError(
+            f"padded vocabulary {padded_vocab_size} must be at least the {hf.vocab_size} ids of {hf.path} "
+            f"and a multiple of the tensor-parallel size {tensor}"
+        )
+    module = DistillationGPTModel(
+        config,
+        hf,
+        padded_vocab_size=padded_vocab_size,
+        pre_process=distributed.is_first_stage() if pre_process is None else pre_process,
+        post_process=distributed.is_last_stage() if post_process is None else post_process,
+    )
+    return module.to(device())
+
+
+def load_model(
+    source: str | Path,
+    parallel: ParallelConfig,
+    *,
+    params_dtype: torch.dtype,
+    padded_vocab_size: int | None = None,
+    trainable: bool,
+    overrides: dict[str, Any] | None = None,
+) -> LoadedModel:
+    """Build a model at this rank's place and load its weights. Collective over all ranks.
+
+    Args:
+        source: an HF directory or a Megatron checkpoint directory.
+        parallel: the layout that :func:`platform.distributed.initialize` was given.
+        params_dtype: of the weights; whatever the file holds is converted.
+        padded_vocab_size: default: the model's own vocabulary padded by :func:`pad_vocab_size`.
+        trainable: in training mode with gradients; otherwise in eval mode without.
+        overrides: further TransformerConfig fields.
+
+    Raises:
+        ModelError: the directory, a tensor or its values are unusable; the same error on every rank.
+        ConfigError: the layout does not divide the model, or Megatron refuses the settings.
+    """
+    # Conversion is a room above this one.
+    from megatron_taopd.convert.health import inspect, refuse_unusable
+    from megatron_taopd.convert.load import load_hf_weights
+
+    hf = load_hf_config(source)
+    config = build_transformer_config(hf, parallel, params_dtype=params_dtype, **(overrides or {}))
+    padded = padded_vocab_size or pad_vocab_size(hf.vocab_size, tp=parallel.tensor_model_parallel_size)
+    module = build_model(hf, config, padded_vocab_size=padded)
+    logger.info("loading %s (%s, %d layers)", source, hf.family, hf.num_layers)
+    report, error = None, None
+    if is_megatron_checkpoint(source):
+        from megatron_taopd.checkpoint import load_model_weights
+
+        load_model_weights(source, module)
+        report = inspect(module, hf)
+    else:
+        try:
+            report = load_hf_weights(module, hf)
+        except ModelError as failure:
+            error = failure
+    refuse_unusable(str(source), report, error)
+    if trainable:
+        module.train()
+    else:
+        module.eval().requires_grad_(False)
+    return LoadedModel(hf=hf, config=config, module=module)

@@ -1,0 +1,168 @@
+"""Layer specs: local torch modules that run anywhere, or Transformer Engine's where it and CUDA are there.
+
+S sequence, B batch, A query heads and G key-value heads of this rank, D head size.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+
+from megatron_taopd.errors import ConfigError
+from megatron_taopd.models.transformer_config import use_transformer_engine
+
+
+class RMSNorm(torch.nn.Module):
+    """Root-mean-square norm whose weight gradient Megatron completes under sequence parallelism.
+
+    Each rank then sees its part of the sequence only; ``finalize_model_grads`` sums the gradients of
+    parameters that carry the attribute ``sequence_parallel``.
+    """
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **unused: Any) -> None:
+        super().__init__()
+        self.eps = eps
+        self.normalized_shape = (hidden_size,)
+        device = "cpu" if config.use_cpu_initialization else torch.cuda.current_device()
+        self.weight = torch.nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype, device=device))
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Normalise the last dimension."""
+        return torch.nn.functional.rms_norm(hidden, self.normalized_shape, self.weight, self.eps)
+
+
+class CoreAttention(MegatronModule):
+    """Causal attention on ``scaled_dot_product_attention``, in the place of Megatron's own.
+
+    The mask follows from the lengths: as many queries as keys are causal; fewer queries are the last ones
+    of the keys (decoding with a cache), so the mask is aligned to the bottom right. ``attn_mask_type`` is not
+    read: past the first decoded token Megatron's engine passes no_mask whatever the model.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        layer_number: int,
+        attn_mask_type: AttnMaskType,
+        attention_type: str,
+        attention_dropout: float | None = None,
+        softmax_scale: float | None = None,
+        **unused: Any,
+    ) -> None:
+        super().__init__(config=config)
+        if config.attention_dropout or attention_dropout:
+            raise ConfigError("attention_dropout must be 0 with the local layers")
+        self.softmax_scale = softmax_scale
+
+    def forward(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        attn_mask_type: AttnMaskType | None = None,
+        attention_bias: torch.Tensor | None = None,
+        packed_seq_params: Any | None = None,
+    ) -> torch.Tensor:
+        """Attend.
+
+        Args:
+            query: [S_q, B, A, D].
+            key: [S_k, B, G, D]; each serves A/G query heads.
+            value: [S_k, B, G, D].
+            attention_mask: not read, see the class.
+
+        Returns:
+            [S_q, B, A*D].
+        """
+        if packed_seq_params is not None or attention_bias is not None:
+            raise NotImplementedError(
+                "the local attention has neither packed sequences nor an attention bias"
+            )
+        length_q, length_k = query.shape[0], key.shape[0]
+        bottom_right = None
+        if 1 < length_q < length_k:
+            bottom_right = torch.ones(length_q, length_k, dtype=torch.bool, device=query.device).tril(
+                length_k - length_q
+            )
+        # [S, B, heads, D] -> [B, heads, S, D]
+        context = torch.nn.functional.scaled_dot_product_attention(
+            query.permute(1, 2, 0, 3),
+            key.permute(1, 2, 0, 3),
+            value.permute(1, 2, 0, 3),
+            attn_mask=bottom_right,
+            is_causal=length_q == length_k and length_q > 1,
+            scale=self.softmax_scale,
+            enable_gqa=query.shape[2] != key.shape[2],
+        )
+        return context.permute(2, 0, 1, 3).reshape(length_q, query.shape[1], -1)
+
+
+def decoder_spec(
+    config: TransformerConfig, *, vp_stage: int | None = None, pp_rank: int | None = None
+) -> TransformerBlockSubmodules:
+    """Layers and final norm of this rank's stage."""
+    if use_transformer_engine():
+        return _transformer_engine_spec(config, vp_stage, pp_rank)
+    num_layers = get_num_layers_to_build(config, vp_stage, pp_rank)
+    return TransformerBlockSubmodules(
+        layer_specs=[_local_layer_spec(config)] * num_layers, layer_norm=RMSNorm
+    )
+
+
+def _local_layer_spec(config: TransformerConfig) -> ModuleSpec:
+    qk_norm = RMSNorm if config.qk_layernorm else IdentityOp
+    return ModuleSpec(
+        module=TransformerLayer,
+        submodules=TransformerLayerSubmodules(
+            input_layernorm=RMSNorm,
+            self_attention=ModuleSpec(
+                module=SelfAttention,
+                params={"attn_mask_type": AttnMaskType.causal},
+                submodules=SelfAttentionSubmodules(
+                    linear_qkv=ColumnParallelLinear,
+                    core_attention=CoreAttention,
+                    linear_proj=RowParallelLinear,
+                    q_layernorm=qk_norm,
+                    k_layernorm=qk_norm,
+                ),
+            ),
+            self_attn_bda=get_bias_dropout_add,
+            pre_mlp_layernorm=RMSNorm,
+            mlp=ModuleSpec(
+                module=MLP,
+                submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear),
+            ),
+            mlp_bda=get_bias_dropout_add,
+            # Checkpoint names of Megatron's fused layers, so that both kinds of layer read one checkpoint.
+            sharded_state_dict_keys_map={
+                "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
+                "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_",
+            },
+        ),
+    )
+
+
+def _transformer_engine_spec(
+    config: TransformerConfig, vp_stage: int | None, pp_rank: int | None
+) -> TransformerBlockSubmodules:
+    """Transformer Engine's layers, needed for fp8. Not yet run on a GPU."""
+    from megatron.core.extensions.transformer_engine import TENorm
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
+
+    layer = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
+    num_layers = get_num_layers_to_build(config, vp_stage, pp_rank)
+    return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=TENorm)

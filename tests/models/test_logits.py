@@ -1,0 +1,56 @@
+"""Logits of loaded models against transformers, at every layout."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from megatron_taopd.testing.tiny_models import save_tiny_hf_model
+from tests.models import harness
+
+TOKENS = torch.randint(0, 509, (3, 24), generator=torch.Generator().manual_seed(5))
+
+# name -> what save_tiny_hf_model is told
+MODELS = {
+    f"{family}-{'tied' if tied else 'untied'}": dict(family=family, tied=tied, head_dim=head_dim)
+    for family, head_dim in (("qwen3", 32), ("qwen2", None), ("llama", 24))
+    for tied in (False, True)
+}
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("models")
+    return {name: save_tiny_hf_model(root / name, seed=3, **kind) for name, kind in MODELS.items()}
+
+
+@pytest.fixture(scope="module")
+def expected(models: dict[str, Path]) -> dict[str, torch.Tensor]:
+    logits = {}
+    for name, path in models.items():
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+        with torch.no_grad():
+            logits[name] = model(TOKENS).logits
+    return logits
+
+
+def _all_logits(paths: dict[str, str], layout: str) -> dict[str, torch.Tensor] | None:
+    parallel = harness.start(layout)
+    found = {
+        name: harness.forward_logits(harness.load(path, parallel), TOKENS) for name, path in paths.items()
+    }
+    return found if all(value is not None for value in found.values()) else None
+
+
+@pytest.mark.parametrize("layout", harness.LAYOUTS)
+def test_logits_agree_with_transformers(pool, models, expected, layout):
+    ranks = 1 if layout == "TP1" else 4
+    results = pool(ranks).run(_all_logits, {name: str(path) for name, path in models.items()}, layout)
+    answering = [result for result in results if result is not None]
+    assert len(answering) == ranks // harness.LAYOUTS[layout].get("pipeline_model_parallel_size", 1)
+    for result in answering:
+        for name, logits in result.items():
+            assert (logits - expected[name]).abs().max() <= 1e-4, (layout, name)
