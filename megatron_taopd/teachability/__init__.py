@@ -1,0 +1,23 @@
+"""From two models' logits to the positions worth training on: statistics, scores, selection."""
+
+from megatron_taopd.teachability.selection import Selection, SelectionConfig, select
+from megatron_taopd.teachability.selectors import SELECTORS, Ranking, ScoredPositions
+from megatron_taopd.teachability.statistics import (
+    SupportMode,
+    TokenStatistics,
+    concat_statistics,
+    token_statistics,
+)
+
+__all__ = [
+    "SELECTORS",
+    "Ranking",
+    "ScoredPositions",
+    "Selection",
+    "SelectionConfig",
+    "SupportMode",
+    "TokenStatistics",
+    "concat_statistics",
+    "select",
+    "token_statistics",
+]

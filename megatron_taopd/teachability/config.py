@@ -1,0 +1,73 @@
+"""Which positions are kept: the flags of selection."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from megatron_taopd.errors import ConfigError
+from megatron_taopd.registry import resolve
+from megatron_taopd.teachability.selectors import SELECTORS, USES_COMPATIBILITY
+
+DEFAULT_KEEP_RATIO = 0.1
+
+
+@dataclass(kw_only=True)
+class SelectionConfig:
+    """Which positions are kept (arXiv 2605.26844)."""
+
+    selector: str = "teachability"
+    """Score that ranks the positions: teachability (TA-OPD: D~ x C~), teachability_entropy, q3_teachability,
+    incompatible (D~ x (1 - C~)), divergence, compatibility, entropy, tip, prefix, random, full (no selection), or
+    your own as pkg.module:function."""
+    keep_ratio: float | None = None
+    """Share of all valid response positions of the rollout batch that is kept, in (0, 1] (default: 0.1)."""
+    support_k: int = 16
+    """Size K of both models' top-K supports in D and C, and of the top-K losses."""
+    support_mode: Literal["exact", "upstream"] = "exact"
+    """exact: D and C from real probabilities at all ids. upstream: as the released code sees them, from two top-K
+    lists of a serving API, with its tie-break."""
+    compatibility_scale: Literal["quantile", "raw"] | None = None
+    """How C enters a score: scaled by its 5 % and 95 % quantiles like D, or as the probability mass it is
+    (default: quantile, the paper's)."""
+    entropy_support: Literal["full", "topk"] = "full"
+    """H over the whole vocabulary, or renormalised on the student's top-K and divided by log K."""
+    min_keep_per_sample: int | None = None
+    """Every response keeps at least so many positions, its own best ones, over the budget if need be (default: 1)."""
+    selection_scope: Literal["global"] = "global"
+    """Quantiles and budget over the whole rollout batch."""
+
+    def __post_init__(self) -> None:
+        resolve("selector", self.selector, SELECTORS)
+        if self.keep_ratio is not None and not 0 < self.keep_ratio <= 1:
+            raise ConfigError(f"--keep-ratio {self.keep_ratio} must be in (0, 1]; 0.1 keeps a tenth")
+        if self.support_k < 1:
+            raise ConfigError(f"--support-k {self.support_k} must be at least 1; 16 is the method's default")
+        if self.min_keep_per_sample is not None and self.min_keep_per_sample < 0:
+            raise ConfigError(f"--min-keep-per-sample {self.min_keep_per_sample} must not be negative")
+        if self.selector == "full":
+            for name in ("keep_ratio", "min_keep_per_sample"):
+                if getattr(self, name) is not None:
+                    raise ConfigError(
+                        f"--{name.replace('_', '-')} {getattr(self, name)} has no effect with --selector full, which "
+                        "keeps every position; drop it or choose another selector"
+                    )
+        if self.compatibility_scale is not None and (
+            self.selector in SELECTORS and self.selector not in USES_COMPATIBILITY
+        ):
+            raise ConfigError(
+                f"--compatibility-scale {self.compatibility_scale} has no effect with --selector {self.selector}, "
+                f"whose score has no C; drop it or use one of {', '.join(sorted(USES_COMPATIBILITY))}"
+            )
+
+    @property
+    def resolved_keep_ratio(self) -> float:
+        """The budget in use."""
+        if self.selector == "full":
+            return 1.0
+        return DEFAULT_KEEP_RATIO if self.keep_ratio is None else self.keep_ratio
+
+    @property
+    def resolved_min_keep(self) -> int:
+        """Positions that every response keeps at least."""
+        return 1 if self.min_keep_per_sample is None else self.min_keep_per_sample

@@ -1,0 +1,248 @@
+"""Token statistics of student and teacher at every row, from final hidden states and both LM heads.
+
+Shapes: R rows, H hidden size (each model its own), V ids of this rank, K support, U = 2K union slots, P ranks.
+The [rows, vocabulary] matrix exists for one chunk at a time. A chunk costs two collectives: an all-gather of
+top-K candidates and softmax partials, and a SUM all-reduce of cross-gathered logits and full-vocabulary sums.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Literal
+
+import torch
+
+from megatron_taopd.errors import ConfigError, DataError
+from megatron_taopd.ops.collectives import all_gather, all_reduce_sum
+from megatron_taopd.ops.head import DEFAULT_LOGITS_CHUNK_BYTES, HeadShard
+from megatron_taopd.ops.vocab import check_support_size, gather_local, local_max, local_top_k, merge_top_k
+
+SupportMode = Literal["exact", "upstream"]
+
+UPSTREAM_MISSING = 1e-12
+"""What the released code takes for a probability that is missing from a model's own top-K list."""
+
+
+@dataclass(kw_only=True)
+class TokenStatistics:
+    """Per-row numbers [R], the same on every tensor-parallel rank. Logs are natural; p_s, p_t are the real
+    distributions over the common vocabulary at the one temperature; S, T their top-K supports, U = S ∪ T."""
+
+    D: torch.Tensor
+    """KL(p_t ‖ p_s) on U, both renormalised there (nats). In upstream mode from the two lists alone."""
+    C: torch.Tensor
+    """Teacher mass on S, in [0, 1]. In upstream mode the lower bound ``C_topk``."""
+    C_topk: torch.Tensor
+    """Teacher mass on S ∩ T: all that two top-K lists can tell of C."""
+    H: torch.Tensor
+    """Student entropy over the vocabulary (nats)."""
+    H_topk: torch.Tensor
+    """Student entropy renormalised on S, divided by log K (0 for K = 1)."""
+    kl_forward: torch.Tensor
+    """KL(p_t ‖ p_s) over the vocabulary (nats)."""
+    kl_reverse: torch.Tensor
+    """KL(p_s ‖ p_t) over the vocabulary (nats)."""
+    student_logprob: torch.Tensor
+    """log p_s of the response token."""
+    teacher_logprob: torch.Tensor
+    """log p_t of the response token."""
+    teacher_entropy: torch.Tensor
+    """Teacher entropy over the vocabulary (nats)."""
+    overlap: torch.Tensor
+    """|S ∩ T| / K."""
+    student_mass: torch.Tensor
+    """Student mass on S."""
+    teacher_mass: torch.Tensor
+    """Teacher mass on T."""
+    teacher_top1_in_student: torch.Tensor
+    """bool: the teacher's best id is in S."""
+    rank_in_student: torch.Tensor
+    """int64: place of the response token in S from 0, K if absent."""
+    rank_in_teacher: torch.Tensor
+    """int64: place of the response token in T from 0, K if absent."""
+
+    def __len__(self) -> int:
+        return self.D.numel()
+
+
+def concat_statistics(parts: Sequence[TokenStatistics]) -> TokenStatistics:
+    """Rows of all parts, in order; at least one part."""
+    return TokenStatistics(
+        **{f.name: torch.cat([getattr(part, f.name) for part in parts]) for f in fields(TokenStatistics)}
+    )
+
+
+@torch.no_grad()
+def token_statistics(
+    student_hidden_RH: torch.Tensor,
+    teacher_hidden_RH: torch.Tensor,
+    token_ids_R: torch.Tensor,
+    student_head: HeadShard,
+    teacher_head: HeadShard,
+    *,
+    k: int = 16,
+    temperature: float = 1.0,
+    support_mode: SupportMode = "exact",
+    logits_chunk_bytes: int = DEFAULT_LOGITS_CHUNK_BYTES,
+) -> TokenStatistics:
+    """Statistics of every row (arXiv 2605.26844, section 3), without gradient. All ranks of the heads' group call it.
+
+    Args:
+        student_hidden_RH: final hidden states that predict the response tokens, the same on every rank.
+        teacher_hidden_RH: the teacher's, of its own width.
+        token_ids_R: int64 response tokens.
+        student_head: this rank's shard; its vocabulary is the one common to both models.
+        teacher_head: the same ids of the teacher.
+        k: size of the top-K supports.
+        temperature: divides the logits of both models.
+        support_mode: ``exact``, or ``upstream`` for D and C as the released code sees them.
+        logits_chunk_bytes: memory for one chunk of one model's fp32 logits.
+
+    Raises:
+        ConfigError: K is larger than the vocabulary, or the temperature is not positive.
+        DataError: a response token is outside the common vocabulary.
+    """
+    student_head.check_lines_up_with(teacher_head)
+    check_support_size(k, student_head.vocab_size)
+    if not temperature > 0:
+        raise ConfigError(f"temperature {temperature} must be positive: logits are divided by it")
+    check_token_ids(token_ids_R, student_head.vocab_size)
+    parts = [
+        _chunk_statistics(
+            student_head.logits(student_hidden_RH[rows]).div_(temperature),
+            teacher_head.logits(teacher_hidden_RH[rows]).div_(temperature),
+            token_ids_R[rows],
+            student_head,
+            k,
+            support_mode,
+        )
+        for rows in student_head.chunks(token_ids_R.numel(), logits_chunk_bytes)
+    ]
+    return concat_statistics(parts)
+
+
+def check_token_ids(token_ids_R: torch.Tensor, vocab_size: int) -> None:
+    """Raises:
+    DataError: an id is outside the vocabulary common to student and teacher.
+    """
+    outside = ((token_ids_R < 0) | (token_ids_R >= vocab_size)).nonzero()
+    if outside.numel():
+        row = int(outside[0])
+        raise DataError(
+            f"response token id {int(token_ids_R[row])} (row {row}) is outside the {vocab_size} ids common to "
+            "student and teacher; the teacher cannot score it: drop that response or use models that share it"
+        )
+
+
+def _chunk_statistics(
+    student_RV: torch.Tensor,
+    teacher_RV: torch.Tensor,
+    token_ids_R: torch.Tensor,
+    head: HeadShard,
+    k: int,
+    support_mode: SupportMode,
+) -> TokenStatistics:
+    start, group = head.vocab_start, head.group
+
+    # Everything a rank knows alone: K candidates and a partial softmax denominator for each model.
+    maximum_2R = torch.stack([local_max(student_RV), local_max(teacher_RV)])
+    partial_2R = torch.stack(
+        [
+            (logits - maximum.nan_to_num(neginf=0.0)[:, None]).exp().sum(-1)
+            for logits, maximum in zip((student_RV, teacher_RV), maximum_2R, strict=True)
+        ]
+    )
+    candidates = [*local_top_k(student_RV, k, start), *local_top_k(teacher_RV, k, start)]
+    columns = [*candidates, maximum_2R.t(), partial_2R.t()]
+    # float64 holds fp32 logits and ids exactly, which makes it one collective.
+    gathered_PRC = all_gather(torch.cat([c.double() for c in columns], dim=-1), group)
+    values_s, ids_s, values_t, ids_t, maximum, partial = gathered_PRC.split([k, k, k, k, 2, 2], dim=-1)
+    lse_R2 = (maximum + partial.log()).logsumexp(0)
+    lse_s, lse_t = lse_R2.unbind(-1)
+    top_s_RK, ids_s_RK = merge_top_k(_side_by_side(values_s), _side_by_side(ids_s).long(), k)
+    top_t_RK, ids_t_RK = merge_top_k(_side_by_side(values_t), _side_by_side(ids_t).long(), k)
+
+    # What needs the softmax of all, or the other model's ids: partial sums, zero where an id is elsewhere.
+    dtype = student_RV.dtype
+    sums = [
+        gather_local(teacher_RV, ids_s_RK, start),
+        gather_local(student_RV, ids_t_RK, start),
+        gather_local(student_RV, token_ids_R[:, None], start),
+        gather_local(teacher_RV, token_ids_R[:, None], start),
+    ]
+    # log p_s - log p_t; the difference of logits is near exact where the models agree.
+    ratio_RV = (student_RV - teacher_RV).sub_((lse_s - lse_t).to(dtype)[:, None])
+    for sign, logits_RV, lse in ((1, student_RV, lse_s), (-1, teacher_RV, lse_t)):
+        log_p_RV = logits_RV - lse.to(dtype)[:, None]
+        p_RV = log_p_RV.exp()
+        sums.append(-(p_RV * log_p_RV).sum(-1, keepdim=True))
+        sums.append(sign * p_RV.mul_(ratio_RV).sum(-1, keepdim=True))
+    totals = all_reduce_sum(torch.cat([s.double() for s in sums], dim=-1), group)
+    teacher_at_s, student_at_t, token_s, token_t, h_s, kl_reverse, h_t, kl_forward = totals.split(
+        [k, k, 1, 1, 1, 1, 1, 1], dim=-1
+    )
+
+    # From here on everything is replicated, in float64, and of size [R, 2K].
+    in_both_RK = (ids_s_RK[:, :, None] == ids_t_RK[:, None, :]).any(-1)
+    t_in_s_RK = (ids_t_RK[:, :, None] == ids_s_RK[:, None, :]).any(-1)
+    logp_s_on_s = top_s_RK - lse_s[:, None]
+    logp_t_on_t = top_t_RK - lse_t[:, None]
+    logp_t_on_s = teacher_at_s - lse_t[:, None]
+    logp_s_on_t = student_at_t - lse_s[:, None]
+    c_topk = logp_t_on_s.exp().where(in_both_RK, 0.0).sum(-1)
+    if support_mode == "exact":
+        c = logp_t_on_s.exp().sum(-1)
+    else:
+        c = c_topk
+        missing = math.log(UPSTREAM_MISSING)
+        logp_t_on_s = logp_t_on_s.where(in_both_RK, missing)
+        logp_s_on_t = logp_s_on_t.where(t_in_s_RK, missing)
+    rank_s, rank_t = (_rank_of(token_ids_R, ids) for ids in (ids_s_RK, ids_t_RK))
+    values = {
+        "D": _union_kl(
+            torch.cat([logp_t_on_s, logp_t_on_t], -1),
+            torch.cat([logp_s_on_s, logp_s_on_t], -1),
+            torch.cat([torch.ones_like(in_both_RK), ~t_in_s_RK], -1),
+        ),
+        "C": c.clamp(max=1.0),
+        "C_topk": c_topk.clamp(max=1.0),
+        "H": h_s[:, 0],
+        "H_topk": _renormalised_entropy(logp_s_on_s) / math.log(k) if k > 1 else torch.zeros_like(lse_s),
+        "kl_forward": kl_forward[:, 0],
+        "kl_reverse": kl_reverse[:, 0],
+        "student_logprob": token_s[:, 0] - lse_s,
+        "teacher_logprob": token_t[:, 0] - lse_t,
+        "teacher_entropy": h_t[:, 0],
+        "overlap": in_both_RK.double().mean(-1),
+        "student_mass": logp_s_on_s.exp().sum(-1).clamp(max=1.0),
+        "teacher_mass": logp_t_on_t.exp().sum(-1).clamp(max=1.0),
+    }
+    return TokenStatistics(
+        **{name: value.to(dtype) for name, value in values.items()},
+        teacher_top1_in_student=t_in_s_RK[:, 0],
+        rank_in_student=rank_s,
+        rank_in_teacher=rank_t,
+    )
+
+
+def _side_by_side(candidates_PRK: torch.Tensor) -> torch.Tensor:
+    return candidates_PRK.transpose(0, 1).flatten(1)
+
+
+def _union_kl(log_t_RU: torch.Tensor, log_s_RU: torch.Tensor, counted_RU: torch.Tensor) -> torch.Tensor:
+    """KL(t ‖ s) over the counted slots, each side renormalised there; all in log space."""
+    log_t_RU, log_s_RU = (x.where(counted_RU, -torch.inf).log_softmax(-1) for x in (log_t_RU, log_s_RU))
+    return (log_t_RU.exp() * (log_t_RU - log_s_RU)).where(counted_RU, 0.0).sum(-1)
+
+
+def _renormalised_entropy(log_p_RK: torch.Tensor) -> torch.Tensor:
+    log_q = log_p_RK.log_softmax(-1)
+    return -(log_q.exp() * log_q).sum(-1)
+
+
+def _rank_of(token_ids_R: torch.Tensor, ids_RK: torch.Tensor) -> torch.Tensor:
+    """Column of the token among the row's ids, K if it is not there."""
+    found = ids_RK == token_ids_R[:, None]
+    return found.int().argmax(-1).where(found.any(-1), ids_RK.shape[-1])
