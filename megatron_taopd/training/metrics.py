@@ -75,7 +75,7 @@ def step_metrics(
     slowest = _maximum(times)
     metrics: dict[str, float] = {
         "iteration": iteration,
-        "loss": sums.pop("loss/loss_sum") / max(count, 1.0),
+        "loss": sums.pop("loss/loss_sum", 0.0) / max(count, 1.0),
         "grad_norm": float(grad_norm),
         "learning_rate": float(learning_rate),
         "num_valid_tokens": valid,
@@ -98,10 +98,15 @@ def step_metrics(
 
 
 def _sum_over_replicas(sums: dict[str, float]) -> dict[str, float]:
-    names = sorted(sums)
-    values = torch.tensor([sums[n] for n in names], dtype=torch.float64, device=distributed.device())
-    torch.distributed.all_reduce(values, group=distributed.data_parallel_group())
-    return dict(zip(names, values.tolist(), strict=True))
+    group = distributed.data_parallel_group()
+    parts: list[dict[str, float]] = [{}] * group.size()
+    # A replica that kept nothing has no numbers of the loss to report, so names travel with the values.
+    torch.distributed.all_gather_object(parts, sums, group=group)
+    total: dict[str, float] = {}
+    for part in parts:
+        for name, value in part.items():
+            total[name] = total.get(name, 0.0) + value
+    return total
 
 
 def _tell_from_last_stage(values: Any) -> Any:
