@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
 from megatron.core.transformer import TransformerConfig
 
 from megatron_taopd.errors import ConfigError, ModelError
@@ -74,7 +75,28 @@ def build_model(
         pre_process=distributed.is_first_stage() if pre_process is None else pre_process,
         post_process=distributed.is_last_stage() if post_process is None else post_process,
     )
+    _mark_sharded_parameters(module)
     return module.to(device())
+
+
+def _mark_sharded_parameters(module: DistillationGPTModel) -> None:
+    """Tell the gradient norm which parameters are shards; without the mark it counts rank 0's only.
+
+    Megatron sets it while it draws random weights, which is skipped here.
+    """
+    for part in module.modules():
+        if isinstance(part, (VocabParallelEmbedding, ColumnParallelLinear)):
+            sharded = {"weight": 0, "bias": 0}
+        elif isinstance(part, RowParallelLinear):
+            sharded = {"weight": 1}
+        else:
+            continue
+        for name, dim in sharded.items():
+            parameter = getattr(part, name, None)
+            if isinstance(parameter, torch.nn.Parameter):
+                parameter.tensor_model_parallel = True  # type: ignore[attr-defined]
+                parameter.partition_dim = dim  # type: ignore[attr-defined]
+                parameter.partition_stride = 1  # type: ignore[attr-defined]
 
 
 def load_model(

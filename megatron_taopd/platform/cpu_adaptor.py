@@ -32,7 +32,12 @@ _FACTORIES = (
     "zeros_like",
 )  # fmt: skip
 
-_EXPECTED_WARNINGS = ("Apex is not installed", "Transformer Engine and Apex are not installed")
+_EXPECTED_WARNINGS = (
+    "Apex is not installed",
+    "Transformer Engine and Apex are not installed",
+    "When using .*CUDA_DEVICE_MAX_CONNECTIONS",
+    r"`torch\.distributed\.\w+` is deprecated",
+)
 
 _installed = False
 
@@ -99,11 +104,10 @@ def _adapt_tensor_methods() -> None:
     def to_cuda(self: Any, *args: Any, **kwargs: Any) -> Any:
         return self
 
-    torch.Tensor.type = tensor_type  # type: ignore[method-assign]
-    torch.Tensor.cuda = to_cuda  # type: ignore[method-assign]
-    torch.Tensor.pin_memory = to_cuda  # type: ignore[method-assign]
-    torch.Tensor.record_stream = to_cuda  # type: ignore[method-assign]
-    torch.nn.Module.cuda = to_cuda  # type: ignore[method-assign, assignment]
+    methods = {"type": tensor_type, "cuda": to_cuda, "pin_memory": to_cuda, "record_stream": to_cuda}
+    for name, method in methods.items():
+        setattr(torch.Tensor, name, method)
+    torch.nn.Module.cuda = to_cuda  # type: ignore[method-assign]
 
 
 def _called_from_megatron() -> bool:

@@ -55,7 +55,8 @@ def save_tiny_hf_model(
             rms_norm_eps=1e-6,
             eos_token_id=2,
             bos_token_id=1,
-            pad_token_id=0,
+            # Only in the generation config: here it would take its row of the embedding out of the gradient.
+            pad_token_id=None,
         )
     ).float()
     randomise(model, seed)
