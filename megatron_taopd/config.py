@@ -9,11 +9,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from megatron_taopd.data import DataConfig
+from megatron_taopd.data.config import DataConfig
 from megatron_taopd.errors import ConfigError
 from megatron_taopd.losses import LossConfig
 from megatron_taopd.platform.layout import ParallelConfig
-from megatron_taopd.rollout.base import RolloutConfig
+from megatron_taopd.rollout.config import RolloutConfig
 from megatron_taopd.teachability import SelectionConfig
 
 

@@ -18,11 +18,12 @@ def rollout(words: Sequence[str]) -> None:
 
 def run_rollout(config: RolloutCommandConfig) -> None:
     """Generate as configured; process groups exist."""
+    import torch
+
     from megatron_taopd.data.prompts import read_prompts
     from megatron_taopd.data.records import write_rollouts
     from megatron_taopd.data.tokenizer import load_tokenizer
     from megatron_taopd.models import load_hf_config, load_model, pad_vocab_size
-    from megatron_taopd.platform import distributed
     from megatron_taopd.rollout.megatron import MegatronEngine
     from megatron_taopd.training.pair import params_dtype, precision_overrides
     from megatron_taopd.training.sources import even_share, gather_rollouts
@@ -50,4 +51,4 @@ def run_rollout(config: RolloutCommandConfig) -> None:
             f"> {len(rollouts)} responses ({tokens} tokens, {stopped} ended by themselves): {config.output}",
             flush=True,
         )
-    distributed.barrier()
+    torch.distributed.barrier()

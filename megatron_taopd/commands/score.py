@@ -57,7 +57,7 @@ def run_scoring(config: ScoreConfig) -> None:
         table = gather_score_table(scored, selection, rollouts)
     if table is not None:
         write_score_table(table, config.output)
-        kept, rows = sum(table["keep"]), len(table["keep"])
+        kept, rows = sum(table["keep"].to_pylist()), table.num_rows
         print(f"> {rows} response positions, {kept} kept ({kept / rows:.2%}): {config.output}", flush=True)
 
 

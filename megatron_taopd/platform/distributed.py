@@ -15,6 +15,8 @@ from megatron_taopd.errors import ConfigError
 from megatron_taopd.platform import backend, enable, has_cuda
 from megatron_taopd.platform.layout import ParallelConfig
 
+_started_here = False
+
 
 def _parallel_state() -> types.ModuleType:
     # Imported at first use: this module is imported for its names by rooms that never start Megatron.
@@ -57,6 +59,8 @@ def initialize(config: ParallelConfig, *, seed: int) -> None:
 
 
 def _start_process_group(timeout: timedelta) -> None:
+    global _started_here
+    _started_here = True
     if has_cuda():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
@@ -77,11 +81,13 @@ def seed_all(seed: int) -> None:
 
 
 def shutdown() -> None:
-    """Leave the model-parallel groups and ``torch.distributed``."""
+    """Leave the model-parallel groups, and ``torch.distributed`` where :func:`initialize` started it."""
+    global _started_here
     if _parallel_state().model_parallel_is_initialized():
         _parallel_state().destroy_model_parallel()
-    if dist.is_initialized():
+    if _started_here and dist.is_initialized():
         dist.destroy_process_group()
+    _started_here = False
 
 
 def rank() -> int:

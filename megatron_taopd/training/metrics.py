@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from megatron_taopd.data.records import Rollout
-from megatron_taopd.platform import distributed
+from megatron_taopd.platform import device, distributed
 from megatron_taopd.teachability import Selection
 from megatron_taopd.training.scoring import ScoredRows
 
@@ -118,6 +118,6 @@ def _tell_from_last_stage(values: Any) -> Any:
 
 
 def _maximum(times: dict[str, float]) -> dict[str, float]:
-    values = torch.tensor(list(times.values()), dtype=torch.float64, device=distributed.device())
+    values = torch.tensor(list(times.values()), dtype=torch.float64, device=device())
     torch.distributed.all_reduce(values, op=torch.distributed.ReduceOp.MAX)
     return dict(zip(times, values.tolist(), strict=True))

@@ -93,7 +93,9 @@ def open_source(config: TrainConfig, pair: ModelPair) -> ResponseSource:
             )
         )
     prompts = read_prompts(config.data, pair.tokenizer)
-    engine = MegatronEngine(pair.student, rollout, seed=config.seed)
+    engine = MegatronEngine(
+        pair.student, rollout, seed=config.seed, vocab_size=pair.vocab_size, tokenizer=pair.tokenizer
+    )
     return GeneratedResponses(
         PromptSource(prompts, seed=config.seed), engine, samples_per_prompt=rollout.num_samples_per_prompt
     )
