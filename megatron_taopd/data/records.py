@@ -1,0 +1,141 @@
+"""Rollouts: responses with their prompts as token ids, and the JSONL they are kept in."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from megatron_taopd.data import jsonl
+from megatron_taopd.errors import DataError
+
+FinishReason = Literal["stop", "length"]
+
+
+@dataclass(kw_only=True)
+class Rollout:
+    """One response. Token ids are all that scoring and training read."""
+
+    id: str
+    prompt_tokens: list[int]
+    """At least one."""
+    response_tokens: list[int]
+    """At least one; the stop token, if it was sampled, is the last."""
+    response_logprobs: list[float] | None = None
+    """log p of each response token when it was sampled, at the sampling temperature (nats)."""
+    finish_reason: FinishReason | None = None
+    """``stop``: the last token is a stop token; ``length``: the limit ended it; None: not recorded."""
+    prompt: str | None = None
+    messages: list[dict[str, Any]] | None = None
+    response: str | None = None
+    """Text of the response, for people."""
+    extra: dict[str, Any] = field(default_factory=dict)
+    """Other keys of the line, kept as they are."""
+
+
+def read_rollouts(
+    path: str | Path, *, vocab_size: int | None = None, max_response_length: int | None = None
+) -> list[Rollout]:
+    """Read recorded rollouts, in file order.
+
+    Args:
+        vocab_size: ids from here on are refused.
+        max_response_length: longer responses are refused (tokens).
+
+    Raises:
+        DataError: the file is missing or empty, or a line is malformed; the message starts with
+            file and line.
+    """
+    rollouts: list[Rollout] = []
+    for where, line in jsonl.read_objects(path, what="rollouts"):
+        rollout = _from_line(line, where, index=len(rollouts), vocab_size=vocab_size)
+        length = len(rollout.response_tokens)
+        if max_response_length is not None and length > max_response_length:
+            raise DataError(
+                f"{where}: the response of {rollout.id!r} has {length} tokens, more than "
+                f"--max-response-length {max_response_length}; raise the limit or record shorter responses"
+            )
+        if rollouts and (rollouts[0].response_logprobs is None) != (rollout.response_logprobs is None):
+            raise DataError(
+                f"{where}: 'response_logprobs' must be on every line or on none; {rollout.id!r} differs from "
+                "the lines before"
+            )
+        rollouts.append(rollout)
+    return rollouts
+
+
+def write_rollouts(path: str | Path, rollouts: Iterable[Rollout]) -> None:
+    """Write rollouts as JSONL, aside first and then by rename. Fields that are None are left out."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    with partial.open("w", encoding="utf-8") as file:
+        for rollout in rollouts:
+            file.write(json.dumps(to_line(rollout), ensure_ascii=False) + "\n")
+    os.replace(partial, path)
+
+
+def to_line(rollout: Rollout) -> dict[str, Any]:
+    """The JSON object of a rollout."""
+    line = {name: getattr(rollout, name) for name in _FIELDS}
+    return {name: value for name, value in line.items() if value is not None} | rollout.extra
+
+
+# In the order of a written line; also the keys that Rollout.extra cannot have.
+_FIELDS = (
+    "id",
+    "prompt",
+    "messages",
+    "response",
+    "finish_reason",
+    "prompt_tokens",
+    "response_tokens",
+    "response_logprobs",
+)
+
+
+def _from_line(line: dict[str, Any], where: str, *, index: int, vocab_size: int | None) -> Rollout:
+    for key in ("prompt_tokens", "response_tokens"):
+        if key not in line:
+            raise DataError(
+                f"{where}: '{key}' is missing; a rollout needs 'prompt_tokens' and 'response_tokens'"
+            )
+    response_tokens = jsonl.token_ids(
+        line["response_tokens"], where, "response_tokens", vocab_size=vocab_size
+    )
+    finish_reason = line.get("finish_reason")
+    if finish_reason not in (None, "stop", "length"):
+        raise DataError(f"{where}: 'finish_reason' must be 'stop' or 'length', not {finish_reason!r}")
+    prompt, response, messages = (line.get(key) for key in ("prompt", "response", "messages"))
+    return Rollout(
+        id=str(line.get("id", index)),
+        prompt_tokens=jsonl.token_ids(line["prompt_tokens"], where, "prompt_tokens", vocab_size=vocab_size),
+        response_tokens=response_tokens,
+        response_logprobs=_logprobs(line.get("response_logprobs"), where, len(response_tokens)),
+        finish_reason=finish_reason,
+        prompt=None if prompt is None else jsonl.text(prompt, where, "prompt"),
+        messages=None if messages is None else jsonl.conversation(messages, where),
+        response=None if response is None else jsonl.text(response, where, "response"),
+        extra={key: value for key, value in line.items() if key not in _FIELDS},
+    )
+
+
+def _logprobs(value: Any, where: str, num_tokens: int) -> list[float] | None:
+    if value is None:
+        return None
+    if not isinstance(value, list) or not all(type(v) in (int, float) for v in value):
+        raise DataError(f"{where}: 'response_logprobs' must be a list of numbers")
+    if len(value) != num_tokens:
+        raise DataError(
+            f"{where}: {len(value)} 'response_logprobs' for {num_tokens} 'response_tokens'; there must be "
+            "one a token"
+        )
+    for number in value:
+        # Rounding puts a certain token's log-probability a little above zero.
+        if not math.isfinite(number) or number > 1e-3:
+            raise DataError(f"{where}: 'response_logprobs' has {number}, which is no log-probability")
+    return [float(v) for v in value]

@@ -1,0 +1,1 @@
+"""Engines that answer prompts, behind one protocol. ``megatron`` runs on the live student."""

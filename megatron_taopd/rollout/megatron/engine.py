@@ -1,0 +1,146 @@
+"""The live student answers prompts: no copy of its weights, no server."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from megatron_taopd.data.prompts import Prompt
+from megatron_taopd.data.records import Rollout
+from megatron_taopd.data.tokenizer import load_tokenizer
+from megatron_taopd.errors import ConfigError, DataError, ModelError
+from megatron_taopd.models import LoadedModel
+from megatron_taopd.rollout.config import RolloutConfig
+from megatron_taopd.rollout.megatron.controller import RolloutController
+from megatron_taopd.rollout.megatron.module_state import ready_for_inference
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_BATCH_SIZE = 64
+
+
+class MegatronEngine:
+    """Generates with megatron-core's static batching, at any tensor- and pipeline-parallel layout.
+
+    See :class:`megatron_taopd.rollout.base.RolloutEngine`. The module may be in the middle of training,
+    inside DistributedDataParallel or not; it is in eval mode while it generates and as it was before
+    afterwards. No random generator is read or set.
+    """
+
+    def __init__(
+        self,
+        student: LoadedModel,
+        config: RolloutConfig,
+        *,
+        seed: int,
+        vocab_size: int | None = None,
+        tokenizer: Any | None = None,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> None:
+        """Set up an engine; nothing is allocated before it generates.
+
+        Args:
+            vocab_size: ids from here on are never sampled; default: the student's real vocabulary.
+            tokenizer: makes the text of the responses; default: that of the student's directory, if it has
+                one.
+            progress: called with responses done and in all after each batch of a ``generate``.
+
+        Raises:
+            ConfigError: responses are longer than the student's positions.
+        """
+        limit = student.hf.max_position_embeddings
+        if config.max_response_length >= limit:
+            raise ConfigError(
+                f"--max-response-length {config.max_response_length} leaves no room for a prompt: "
+                f"{student.hf.path} has {limit} positions; lower it"
+            )
+        self.student = student
+        self.config = config
+        self.seed = seed
+        self.vocab_size = min(vocab_size or student.hf.vocab_size, student.hf.vocab_size)
+        self.tokenizer = tokenizer if tokenizer is not None else load_tokenizer(student.hf.path)
+        self.progress = progress
+        if not student.hf.eos_token_ids:
+            logger.warning(
+                "%s names no stop token (eos_token_id of generation_config.json or config.json): every "
+                "response will have --max-response-length %d tokens",
+                student.hf.path,
+                config.max_response_length,
+            )
+
+    def generate(self, prompts: Sequence[Prompt], *, step: int, sample_offset: int) -> list[Rollout]:
+        """One response a prompt, in order; see the protocol.
+
+        Raises:
+            DataError: a prompt has ids outside the vocabulary, or does not fit the student with its response.
+            ModelError: the student's logits are not finite.
+        """
+        for prompt in prompts:
+            self._check(prompt)
+        # Megatron reads a batch up to its shortest prompt at once, and from there token by token.
+        by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i].tokens))
+        size = self.config.rollout_batch_size or DEFAULT_BATCH_SIZE
+        rollouts: dict[int, Rollout] = {}
+        with ready_for_inference(self.student.module):
+            for start in range(0, len(by_length), size):
+                batch = by_length[start : start + size]
+                answers = RolloutController(
+                    self.student.module,
+                    [prompts[i].tokens for i in batch],
+                    sample_index=[sample_offset + i for i in batch],
+                    stop_tokens=self.student.hf.eos_token_ids,
+                    max_response_length=self.config.max_response_length,
+                    vocab_size=self.vocab_size,
+                    temperature=self.config.temperature,
+                    top_p=self.config.top_p,
+                    seed=self.seed,
+                    step=step,
+                ).run()
+                for i, (tokens, logprobs) in zip(batch, answers, strict=True):
+                    rollouts[i] = self._rollout(prompts[i], sample_offset + i, tokens, logprobs)
+                if self.progress is not None:
+                    self.progress(start + len(batch), len(prompts))
+        return [rollouts[i] for i in range(len(prompts))]
+
+    def _check(self, prompt: Prompt) -> None:
+        highest = max(prompt.tokens)
+        if highest >= self.vocab_size:
+            raise DataError(
+                f"prompt {prompt.id!r} has the token id {highest}, outside the vocabulary of "
+                f"{self.vocab_size} ids; was it made with another tokenizer?"
+            )
+        needed = len(prompt.tokens) + self.config.max_response_length
+        limit = self.student.hf.max_position_embeddings
+        if needed > limit:
+            raise DataError(
+                f"prompt {prompt.id!r} has {len(prompt.tokens)} tokens; with --max-response-length "
+                f"{self.config.max_response_length} that is more than the {limit} positions of "
+                f"{self.student.hf.path}; lower that or --max-prompt-length"
+            )
+
+    def _rollout(
+        self, prompt: Prompt, sample_index: int, tokens: list[int], logprobs: list[float]
+    ) -> Rollout:
+        if not all(map(math.isfinite, logprobs)):
+            raise ModelError(
+                f"the student's logits are not finite at prompt {prompt.id!r}: its weights are broken or "
+                "training diverged (a lower --lr, or --clip-grad)"
+            )
+        samples = self.config.num_samples_per_prompt
+        stopped = tokens[-1] in self.student.hf.eos_token_ids
+        return Rollout(
+            id=prompt.id if samples == 1 else f"{prompt.id}/{sample_index % samples}",
+            prompt_tokens=prompt.tokens,
+            response_tokens=tokens,
+            response_logprobs=logprobs,
+            finish_reason="stop" if stopped else "length",
+            prompt=prompt.prompt,
+            messages=prompt.messages,
+            response=None if self.tokenizer is None else self._text(tokens),
+            extra=prompt.extra,
+        )
+
+    def _text(self, tokens: list[int]) -> str:
+        return self.tokenizer.decode(tokens, skip_special_tokens=True)  # type: ignore[union-attr]
