@@ -43,7 +43,7 @@ $(VENV)/.demo: $(VENV)/.torch setup.py
 	@touch $@
 
 demo: $(VENV)/.demo
-	PATH="$(BIN):$$PATH" bash examples/quickstart/run.sh
+	$(BIN)/python examples/quickstart/demo.py $(DEMO_ARGS)
 
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest $(PYTEST_ARGS)

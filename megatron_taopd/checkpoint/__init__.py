@@ -1,0 +1,28 @@
+"""Megatron checkpoints: ``DIR/latest_checkpointed_iteration.txt`` and ``DIR/iter_0000010/`` (torch_dist).
+
+A checkpoint holds weights, optimizer, schedule, random states and counts in megatron-core's distributed
+format, which loads at any tensor- and pipeline-parallel size, plus the ``hf/`` files (config, tokenizer) that
+make it usable as a model directory.
+"""
+
+from megatron_taopd import platform
+
+platform.enable()
+
+from megatron_taopd.checkpoint.layout import (  # noqa: E402
+    hf_files_dir,
+    is_megatron_checkpoint,
+    read_latest_iteration,
+)
+from megatron_taopd.checkpoint.loading import LoadedState, load_checkpoint, load_model_weights  # noqa: E402
+from megatron_taopd.checkpoint.saving import save_checkpoint  # noqa: E402
+
+__all__ = [
+    "LoadedState",
+    "hf_files_dir",
+    "is_megatron_checkpoint",
+    "load_checkpoint",
+    "load_model_weights",
+    "read_latest_iteration",
+    "save_checkpoint",
+]

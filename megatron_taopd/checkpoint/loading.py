@@ -1,0 +1,152 @@
+"""Reading a checkpoint at any tensor-, pipeline- and data-parallel size."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.mapping import CheckpointingException
+from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from torch.distributed.checkpoint.api import CheckpointException
+
+from megatron_taopd.checkpoint import integrity, model_state, optimizer_state
+from megatron_taopd.checkpoint.collective import on_rank_zero, raise_together
+from megatron_taopd.checkpoint.layout import find_iteration
+from megatron_taopd.checkpoint.random_state import restore_random_state
+from megatron_taopd.errors import CheckpointError
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadedState:
+    """What a checkpoint told beside the state it put into the objects."""
+
+    iteration: int
+    """Training steps done."""
+    extra_state: dict[str, Any]
+    """As given to ``save_checkpoint``."""
+    random_state_restored: bool = False
+    """False if the checkpoint was written on another layout; the generators are then as they were."""
+
+
+def load_checkpoint(
+    directory: str | Path,
+    *,
+    module: torch.nn.Module | Sequence[torch.nn.Module],
+    optimizer: MegatronOptimizer | None = None,
+    scheduler: OptimizerParamScheduler | None = None,
+    iteration: int | None = None,
+) -> LoadedState:
+    """Put weights, optimizer state, schedule and random states back. Collective.
+
+    On the layout it was written on, training goes on to the bit; any other layout gets the same weights and
+    optimizer state, with random states as they are. Learning rate, weight decay and the like stay those of
+    this run; the schedule is only told how far it is.
+
+    Args:
+        iteration: None takes the newest.
+
+    Raises:
+        CheckpointError: missing, torn, or of another model or optimizer; raised on every rank.
+    """
+    return _load(directory, module=module, optimizer=optimizer, scheduler=scheduler, iteration=iteration)
+
+
+def load_model_weights(
+    directory: str | Path,
+    module: torch.nn.Module | Sequence[torch.nn.Module],
+    *,
+    iteration: int | None = None,
+) -> int:
+    """Put the weights alone into a model, in its own dtype; returns the iteration. Collective.
+
+    Raises:
+        CheckpointError: missing, torn, or of another model; raised on every rank.
+    """
+    return _load(directory, module=module, iteration=iteration, weights_only=True).iteration
+
+
+def _load(
+    directory: str | Path,
+    *,
+    module: torch.nn.Module | Sequence[torch.nn.Module],
+    optimizer: MegatronOptimizer | None = None,
+    scheduler: OptimizerParamScheduler | None = None,
+    iteration: int | None = None,
+    weights_only: bool = False,
+) -> LoadedState:
+    path, iteration = _find_together(directory, iteration)
+    on_rank_zero(lambda: _ignore(integrity.read_index(path)))
+    index = integrity.read_index(path)
+    chunks = model_state.unwrap(module)
+    common = dist_checkpointing.load_common_state_dict(str(path))
+    about = common.get("taopd", {})
+    _check_same_kind(path, about, chunks, optimizer)
+
+    state: dict[str, Any] = model_state.sharded_state(chunks, set(index.state_dict_metadata))
+    shapes = integrity.stored_shapes(index)
+    raise_together(integrity.mismatch(path, state, shapes))
+    if optimizer is not None:
+        state["optimizer"] = optimizer_state.sharded_state(optimizer, state, is_loading=True)
+        raise_together(integrity.mismatch(path, state["optimizer"], shapes))
+    try:
+        loaded = dist_checkpointing.load(state, str(path))
+    except (CheckpointException, CheckpointingException) as error:
+        raise CheckpointError(f"checkpoint {path} cannot be read: {error}") from error
+    model_state.load_weights(chunks, loaded)
+    if optimizer is not None:
+        optimizer_state.load_state(optimizer, loaded["optimizer"])
+    if scheduler is not None:
+        if "opt_param_scheduler" not in loaded:
+            raise CheckpointError(f"checkpoint {path} has no schedule (opt_param_scheduler)")
+        scheduler.load_state_dict(loaded["opt_param_scheduler"])
+    restored = not weights_only and restore_random_state(path, about.get("layout"))
+    dist.barrier()
+    return LoadedState(
+        iteration=iteration, extra_state=about.get("extra_state", {}), random_state_restored=restored
+    )
+
+
+def _find_together(directory: str | Path, iteration: int | None) -> tuple[Path, int]:
+    """Every rank looks at the same checkpoint, that of rank 0."""
+    found: list[Any] = [None]
+
+    def find() -> None:
+        found[0] = find_iteration(directory, iteration)
+
+    on_rank_zero(find)
+    dist.broadcast_object_list(found, src=0)
+    return found[0]
+
+
+def _check_same_kind(
+    path: Path,
+    about: dict[str, Any],
+    chunks: Sequence[torch.nn.Module],
+    optimizer: MegatronOptimizer | None,
+) -> None:
+    own_vocab, stored_vocab = model_state.real_vocab_size(chunks), about.get("real_vocab_size")
+    if own_vocab is not None and stored_vocab is not None and own_vocab != stored_vocab:
+        raise CheckpointError(
+            f"checkpoint {path} is not of this model: its vocabulary has {stored_vocab} tokens and this "
+            f"run's {own_vocab}"
+        )
+    if optimizer is None:
+        return
+    own, stored = optimizer_state.describe(optimizer), about.get("optimizer")
+    if stored is None:
+        raise CheckpointError(f"checkpoint {path} has weights alone, no optimizer state to resume from")
+    if own != stored:
+        raise CheckpointError(
+            f"checkpoint {path} holds the state of {stored} and this run uses {own}; resume with the same "
+            "--optimizer, --bf16 and --use-distributed-optimizer"
+        )
+
+
+def _ignore(value: Any) -> None:
+    """For actions whose value is not wanted."""
