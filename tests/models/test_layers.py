@@ -14,9 +14,13 @@ from megatron_taopd.models.gpt import scale_frequencies
 from megatron_taopd.models.layers import CoreAttention, RMSNorm
 
 
-def _attention(**settings: float) -> CoreAttention:
+def _attention(attention_dropout: float = 0.0) -> CoreAttention:
     config = TransformerConfig(
-        num_layers=1, hidden_size=24, num_attention_heads=4, cuda_graph_scope=[], **settings
+        num_layers=1,
+        hidden_size=24,
+        num_attention_heads=4,
+        attention_dropout=attention_dropout,
+        cuda_graph_scope=[],
     )
     return CoreAttention(config, 1, AttnMaskType.causal, "self")
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from megatron.core.inference.contexts import StaticInferenceContext
 from transformers import AutoModelForCausalLM
 
 from megatron_taopd.testing.tiny_models import save_tiny_hf_model
@@ -54,3 +55,32 @@ def test_logits_agree_with_transformers(pool, models, expected, layout):
     for result in answering:
         for name, logits in result.items():
             assert (logits - expected[name]).abs().max() <= 1e-4, (layout, name)
+
+
+def _decode(paths: dict[str, str], layout: str, width: int) -> dict[str, torch.Tensor]:
+    """Prefill of 8, then ``width`` tokens a step with the cache: the logits of each step's last token."""
+    parallel = harness.start(layout)
+    found = {}
+    for name, path in paths.items():
+        module = harness.load(path, parallel).module
+        context = StaticInferenceContext(max_batch_size=3, max_sequence_length=TOKENS.shape[1])
+        steps = []
+        bounds = [0, *range(8, TOKENS.shape[1] + 1, width)]
+        for start, stop in zip(bounds, bounds[1:], strict=False):
+            chunk = TOKENS[:, start:stop]
+            positions = torch.arange(start, stop).expand_as(chunk)
+            with torch.inference_mode():
+                logits = module(chunk, positions, None, inference_context=context, runtime_gather_output=True)
+            context.increment_sequence_len_offset(stop - start)
+            steps.append(logits[:, -1])
+        found[name] = torch.stack(steps, dim=1)
+    return found
+
+
+@pytest.mark.parametrize("width", [1, 4])
+def test_cached_decoding_gives_the_same_logits_and_never_the_padding(pool, models, expected, width):
+    for result in pool(4).run(_decode, {name: str(path) for name, path in models.items()}, "TP2", width):
+        for name, logits in result.items():
+            assert logits.shape[-1] == 512
+            assert (logits[..., 509:] == -torch.inf).all()
+            assert (logits[..., :509] - expected[name][:, 7::width]).abs().max() <= 1e-4, name

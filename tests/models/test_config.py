@@ -1,0 +1,143 @@
+"""HF configurations that can and cannot be built, and layouts that divide a model or not."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_taopd.errors import ConfigError, ModelError
+from megatron_taopd.models import build_transformer_config, load_hf_config, pad_vocab_size
+from megatron_taopd.models.source import hf_directory
+from megatron_taopd.platform.layout import ParallelConfig
+
+LLAMA: dict[str, Any] = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "vocab_size": 49152,
+    "hidden_size": 576,
+    "intermediate_size": 1536,
+    "num_hidden_layers": 30,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "rms_norm_eps": 1e-5,
+    "max_position_embeddings": 8192,
+    "tie_word_embeddings": True,
+    "eos_token_id": 2,
+    "rope_theta": 100000,
+    "rope_scaling": None,
+}
+
+
+def _write(path: Path, raw: dict[str, Any], generation: dict[str, Any] | None = None) -> Path:
+    path.mkdir(parents=True, exist_ok=True)
+    (path / "config.json").write_text(json.dumps(raw))
+    if generation is not None:
+        (path / "generation_config.json").write_text(json.dumps(generation))
+    return path
+
+
+def test_fields_of_an_older_file(tmp_path):
+    hf = load_hf_config(_write(tmp_path, LLAMA))
+    assert (hf.family, hf.head_dim, hf.num_kv_heads, hf.tied) == ("llama", 64, 3, True)
+    assert (hf.rope_theta, hf.rope_scaling, hf.qkv_bias, hf.qk_norm) == (100000.0, None, False, False)
+    assert hf.eos_token_ids == (2,)
+
+
+def test_rope_parameters_and_stop_tokens_of_a_newer_file(tmp_path):
+    rope = {
+        "rope_type": "llama3",
+        "rope_theta": 500000.0,
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    }
+    raw = {key: value for key, value in LLAMA.items() if not key.startswith("rope")} | {
+        "rope_parameters": rope
+    }
+    hf = load_hf_config(_write(tmp_path, raw, {"eos_token_id": [2, 7]}))
+    assert hf.rope_theta == 500000.0
+    assert hf.rope_scaling == {key: value for key, value in rope.items() if key != "rope_theta"}
+    assert hf.eos_token_ids == (2, 7)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"architectures": ["GPT2LMHeadModel"]}, "GPT2LMHeadModel.*Qwen3ForCausalLM, Qwen2ForCausalLM"),
+        (
+            {"rope_scaling": {"type": "yarn", "factor": 4.0}},
+            "'yarn' is not supported; supported: default, linear",
+        ),
+        ({"rope_scaling": {"type": "linear"}}, "needs factor"),
+        ({"use_sliding_window": True}, "sliding-window"),
+        ({"layer_types": ["full_attention", "sliding_attention"]}, "sliding-window"),
+        ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
+        ({"attention_bias": True}, "attention_bias"),
+        ({"quantization_config": {"quant_method": "fp8"}}, "quantized"),
+        ({"intermediate_size": None}, "no 'intermediate_size'"),
+        ({"num_key_value_heads": 2}, "9 attention heads are not a multiple of 2"),
+    ],
+)
+def test_what_cannot_be_built_is_refused(tmp_path, change, message):
+    with pytest.raises(ModelError, match=message):
+        load_hf_config(_write(tmp_path, LLAMA | change))
+
+
+def test_sources(tmp_path):
+    with pytest.raises(ModelError, match="'Qwen/Qwen3-8B' is not a directory here"):
+        load_hf_config("Qwen/Qwen3-8B")
+    with pytest.raises(ModelError, match="neither config.json"):
+        load_hf_config(tmp_path)
+    (tmp_path / "latest_checkpointed_iteration.txt").write_text("12\n")
+    inner = _write(tmp_path / "iter_0000012" / "hf", LLAMA)
+    assert hf_directory(tmp_path) == hf_directory(tmp_path / "iter_0000012") == inner
+    (inner / "config.json").write_text("{")
+    with pytest.raises(ModelError, match="cannot read .*config.json"):
+        load_hf_config(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("layout", "message"),
+    [
+        ({"tensor_model_parallel_size": 2}, "--tensor-model-parallel-size 2 .* 9 attention heads .*1, 3, 9"),
+        ({"tensor_model_parallel_size": 9}, "3 key-value heads .*: 1, 3$"),
+        ({"pipeline_model_parallel_size": 4}, "--pipeline-model-parallel-size 4 .* 30 layers"),
+    ],
+)
+def test_layout_that_does_not_divide(tmp_path, layout, message):
+    hf = load_hf_config(_write(tmp_path, LLAMA))
+    with pytest.raises(ConfigError, match=message):
+        build_transformer_config(hf, ParallelConfig(**layout), params_dtype=torch.float32)
+
+
+def test_settings_that_megatron_would_ignore_or_refuse(tmp_path):
+    hf = load_hf_config(_write(tmp_path, LLAMA))
+    build = dict(params_dtype=torch.float32)
+    with pytest.raises(ConfigError, match="fp8 needs Transformer Engine.*fp8='hybrid'"):
+        build_transformer_config(hf, ParallelConfig(), **build, fp8="hybrid")
+    with pytest.raises(ConfigError, match="no_such_field"):
+        build_transformer_config(hf, ParallelConfig(), **build, no_such_field=1)
+    with pytest.raises(ConfigError, match="megatron-core refuses"):
+        build_transformer_config(hf, ParallelConfig(), **build, recompute_granularity="nonsense")
+
+
+def test_parallel_config_checks_what_it_can():
+    for settings, message in (
+        ({"tensor_model_parallel_size": 0}, "--tensor-model-parallel-size must be at least 1, got 0"),
+        ({"context_parallel_size": 2}, "--context-parallel-size 2 is not yet supported"),
+        ({"sequence_parallel": True}, "no effect with --tensor-model-parallel-size 1"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            ParallelConfig(**settings)
+
+
+def test_vocabularies_are_padded_together():
+    assert pad_vocab_size(509, tp=1) == pad_vocab_size(509, 500, tp=4) == 512
+    assert pad_vocab_size(509, 523, tp=2) == 768
+    assert pad_vocab_size(151936, 152064, tp=8) == 152576
+    assert pad_vocab_size(10, tp=3, multiple=1) == 12
