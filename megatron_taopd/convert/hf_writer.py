@@ -13,19 +13,18 @@ from safetensors.torch import save_file
 from megatron_taopd.errors import ModelError
 from megatron_taopd.models.hf_config import HFModelConfig
 
+# Files of the tokenizer and of generation, by how their names begin; the model card is another model's.
 _COPIED = (
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "vocab.json",
-    "merges.txt",
-    "added_tokens.json",
-    "special_tokens_map.json",
-    "chat_template.json",
-    "chat_template.jinja",
+    "added_tokens",
+    "additional_chat_templates",
+    "chat_template",
+    "generation_config",
     "LICENSE",
-    "LICENSE.txt",
+    "merges",
+    "special_tokens",
+    "spiece",
+    "tokenizer",
+    "vocab",
 )
 
 
@@ -67,11 +66,11 @@ class HFWriter:
         self._flush()
         self._name_parts()
         self._write_json("config.json", self._config(hf))
-        for name in _COPIED:
-            if (source_dir / name).is_file():
-                shutil.copyfile(source_dir / name, self._aside / name)
-        if (source_dir / "chat_templates").is_dir():
-            shutil.copytree(source_dir / "chat_templates", self._aside / "chat_templates")
+        for source in sorted(source_dir.iterdir()):
+            if not source.name.startswith(_COPIED) or source.suffix == ".py":
+                continue
+            copy = shutil.copytree if source.is_dir() else shutil.copyfile
+            copy(source, self._aside / source.name)
         if self.out_dir.exists():
             old = self._aside.with_suffix(".old")
             self.out_dir.rename(old)

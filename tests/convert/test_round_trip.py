@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from megatron_taopd.checkpoint import save_checkpoint
 from megatron_taopd.convert import export_hf
 from megatron_taopd.errors import ModelError
 from megatron_taopd.models import load_hf_config
@@ -28,6 +29,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     }
     (paths["qwen3"] / "tokenizer.json").write_text('{"a": 1}')
     (paths["qwen3"] / "chat_template.jinja").write_text("{{ messages }}")
+    (paths["qwen3"] / "README.md").write_text("the model card of another model")
     return paths
 
 
@@ -67,6 +69,7 @@ def test_the_same_bytes_come_back(pool, models, tmp_path, layout):
         ).read_bytes()
     assert (tmp_path / "qwen3" / "tokenizer.json").exists()
     assert (tmp_path / "qwen3" / "chat_template.jinja").exists()
+    assert not (tmp_path / "qwen3" / "README.md").exists()
     assert not list(tmp_path.glob(".*partial*"))
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "qwen3")
     embedding = _tensors(models["qwen3"])["model.embed_tokens.weight"]
@@ -82,6 +85,21 @@ def test_export_in_bf16_says_so_and_replaces_an_older_model(pool, models, tmp_pa
     for tensor, value in _tensors(models["llama"]).items():
         assert torch.equal(value.bfloat16(), _tensors(tmp_path / "llama")[tensor]), tensor
     assert [path.name for path in tmp_path.iterdir()] == ["llama"]
+
+
+def _save_megatron(path: str, out: str) -> None:
+    loaded = harness.load(path, harness.start("TP2-PP2-SP"))
+    save_checkpoint(out, iteration=3, module=loaded.module, hf_source=path)
+
+
+def test_megatron_checkpoint_is_a_model_too(pool, models, tmp_path):
+    pool(4).run(_save_megatron, str(models["qwen3"]), str(tmp_path / "megatron"))
+    sources = {"root": str(tmp_path / "megatron"), "iteration": str(tmp_path / "megatron" / "iter_0000003")}
+    pool(4).run(_there_and_back, sources, "TP2", str(tmp_path), 10**9, "float32")
+    for name in sources:
+        for tensor, value in _tensors(models["qwen3"]).items():
+            assert torch.equal(value, _tensors(tmp_path / name)[tensor]), (name, tensor)
+        assert (tmp_path / name / "chat_template.jinja").exists()
 
 
 def _refused_export(path: str, out: str) -> str:
