@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread_and_importable() -> Iterator[None]:
-    """Ranks and command lines started by tests find this checkout; small tensors are fastest on one thread."""
+    """Ranks and command lines that tests start find this checkout; one thread suits small tensors."""
     torch.set_num_threads(1)
     python_path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     with pytest.MonkeyPatch.context() as patch:

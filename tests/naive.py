@@ -1,7 +1,7 @@
-"""Brute force in float64 on one process, from the method's definitions: what the vocab-parallel code must equal.
+"""Brute force in float64 on one process, from the method's definitions: what the fast code must equal.
 
-It takes whole logit matrices [R, vocabulary], loops over rows where that is plainer, and shares no code with the
-package.
+It takes whole logit matrices [R, vocabulary], loops over rows where that is plainer, and shares no code with
+the package.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class Problem:
 def make_problem(
     num_rows: int, vocab: int, *, padded: int, width: int = 12, seed: int = 0, ties: bool = False
 ) -> Problem:
-    """With ``ties`` all numbers are small integers, so that many logits are exactly equal in any order of summing."""
+    """With ``ties`` all numbers are small integers: many logits are exactly equal in any order of summing."""
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int) -> torch.Tensor:

@@ -17,13 +17,13 @@ class LossConfig:
     """The loss at a kept position."""
 
     loss: str = "reverse_kl"
-    """reverse_kl (whole vocabulary; what sampled_reverse_kl estimates, without its sampling noise), forward_kl, jsd,
-    topk_reverse_kl and topk_forward_kl (top-K ids and one tail bucket), sampled_reverse_kl (the paper's policy
-    gradient on the sampled token), or your own as pkg.module:function."""
+    """reverse_kl (whole vocabulary; what sampled_reverse_kl estimates, without its sampling noise),
+    forward_kl, jsd, topk_reverse_kl and topk_forward_kl (top-K ids and one tail bucket), sampled_reverse_kl
+    (the paper's policy gradient on the sampled token), or your own as pkg.module:function."""
     loss_support: Literal["student", "teacher", "union"] | None = None
-    """Ids that a top-K loss tells apart: the top-K of the student, of the teacher, or both (default: student)."""
+    """Ids that a top-K loss tells apart: the student's top-K, the teacher's, or both (default: student)."""
     jsd_beta: float | None = None
-    """Weight of the teacher in the mixture of jsd, in [0, 1]; 0 is forward_kl, 1 is reverse_kl (default: 0.5)."""
+    """Weight of the teacher in jsd's mixture, in [0, 1]: 0 is forward_kl, 1 reverse_kl (default: 0.5)"""
     loss_ratio_clip: float | None = None
     """Clip the probability ratio of sampled_reverse_kl to 1 +- this, as PPO does (default: not clipped)."""
     loss_normalization: Literal["kept", "valid"] = "kept"
@@ -44,6 +44,6 @@ class LossConfig:
         value = getattr(self, name)
         if value is not None and self.loss not in losses:
             raise ConfigError(
-                f"--{name.replace('_', '-')} {value} has no effect with --loss {self.loss}; drop it or use --loss "
-                f"{' or '.join(losses)}"
+                f"--{name.replace('_', '-')} {value} has no effect with --loss {self.loss}; drop it or use "
+                f"--loss {' or '.join(losses)}"
             )

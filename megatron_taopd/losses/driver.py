@@ -1,7 +1,8 @@
 """The loss of all kept rows, chunk by chunk, from hidden states and both LM heads.
 
-Shapes: R rows, H hidden size, V ids of this rank. A chunk's logits live only as long as its own loss and gradient:
-the gradients of hidden states [R, H] and head are made in the forward pass, so that no logits wait for the backward.
+Shapes: R rows, H hidden size, V ids of this rank. A chunk's logits live only as long as its own loss and
+gradient: the gradients of hidden states [R, H] and head are made in the forward pass, so that no logits wait
+for the backward.
 """
 
 from __future__ import annotations
@@ -52,8 +53,9 @@ def distillation_loss(
     """Sum of the losses of all rows (nats; not divided by anything). All ranks of the heads' group call it.
 
     Args:
-        student_hidden_RH: final hidden states of the kept rows, the same on every rank, from ``ops.gather_rows``
-            (the gradient that this sends back is partial over the vocabulary shards, and gather_rows sums it).
+        student_hidden_RH: final hidden states of the kept rows, the same on every rank, from
+            ``ops.gather_rows`` (the gradient that this sends back is partial over the vocabulary shards, and
+            gather_rows sums it).
         teacher_hidden_RH: the teacher's; detached.
         token_ids_R: int64 sampled tokens.
         old_logprobs_R: log p_s(y) of the policy that sampled them, at the same temperature; used by
@@ -64,11 +66,13 @@ def distillation_loss(
         k: size of the supports of the top-K losses.
         temperature: divides the logits of both models.
         weights_R: detached factor a row (default: 1).
-        logits_chunk_bytes: memory for one chunk of one model's fp32 logits; about six such buffers exist at once.
+        logits_chunk_bytes: memory for one chunk of one model's fp32 logits; about six such buffers exist at
+            once.
 
     Returns:
-        The scalar sum, replicated over the group, fp32 (fp64 for fp64 weights); with no rows a zero that still
-        depends on hidden states and head. And what the loss reports, as detached sums over rows of weight not 0.
+        The scalar sum, replicated over the group, fp32 (fp64 for fp64 weights); with no rows a zero that
+        still depends on hidden states and head. And what the loss reports, as detached sums over rows of
+        weight not 0.
 
     Raises:
         ConfigError: K is larger than the vocabulary, or the temperature is not positive.
@@ -120,7 +124,7 @@ class _ChunkedLoss(torch.autograd.Function):
             grad_rows, grad_ids = head.backward(grad_logits_RV, hidden_RH[rows], weight=wants_weight)
             if grad_hidden is not None:
                 grad_hidden[rows] = grad_rows
-            if grad_weight is not None:
+            if grad_weight is not None and grad_ids is not None:
                 grad_weight[: head.num_valid] += grad_ids
         ctx.grads = (grad_hidden, grad_weight)
         return total

@@ -1,8 +1,8 @@
 """One pure function a loss: this rank's logits in, a loss a row out, differentiable in the student's logits.
 
-Shapes: R rows, V ids of this rank, K support, U ids in use. Results [R] are replicated over the group, and values
-cross between sharded and replicated only through ``ops.collectives``, which gives every rank its exact gradient.
-All losses are in nats.
+Shapes: R rows, V ids of this rank, K support, U ids in use. Results [R] are replicated over the group, and
+values cross between sharded and replicated only through ``ops.collectives``, which gives every rank its exact
+gradient. All losses are in nats.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ Support = Literal["student", "teacher", "union"]
 
 @dataclass(kw_only=True)
 class LossInputs:
-    """What a loss may look at. Logits are divided by the temperature already; all but the student's are detached."""
+    """What a loss may look at. Logits are divided by the temperature; all but the student's are detached."""
 
     student_logits_RV: torch.Tensor
     teacher_logits_RV: torch.Tensor
@@ -68,7 +68,8 @@ def forward_kl(x: LossInputs) -> RowLosses:
 def jsd(x: LossInputs) -> RowLosses:
     """beta KL(p_t ‖ m) + (1 - beta) KL(p_s ‖ m) with m = beta p_t + (1 - beta) p_s (GKD, arXiv 2306.13649).
 
-    That is 0 at both ends; beta = 0 stands for the forward KL and 1 for the reverse KL, its limits up to scale.
+    That is 0 at both ends; beta = 0 stands for the forward KL and 1 for the reverse KL, its limits up to
+    scale.
     """
     if x.jsd_beta == 0:
         return forward_kl(x)
@@ -144,8 +145,8 @@ def _support_ids(x: LossInputs) -> tuple[torch.Tensor, torch.Tensor]:
 def _bucketed_log_probs(x: LossInputs) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Both models over the support's ids and the tail, and which slots count; each [R, U + 1].
 
-    The tail is summed over its own ids: 1 minus the rest would lose it where it is small. Where the support is the
-    whole vocabulary the tail has (next to) no mass in either model and adds nothing.
+    The tail is summed over its own ids: 1 minus the rest would lose it where it is small. Where the support
+    is the whole vocabulary the tail has (next to) no mass in either model and adds nothing.
     """
     ids_RU, counted_RU = _support_ids(x)
     num_local = x.student_logits_RV.shape[-1]

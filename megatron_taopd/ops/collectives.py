@@ -1,8 +1,9 @@
 """Collectives that autograd may pass, each with the backward that its place in the graph needs.
 
-A replicated value is the same on all ranks of the group, a sharded one differs. ``sum_over_shards`` leads from
-sharded to replicated, ``enter_shards`` from replicated to sharded. A loss that is replicated at its end and crosses
-between the two only through these has the right gradient on every rank. ``group=None`` means one rank.
+A replicated value is the same on all ranks of the group, a sharded one differs. ``sum_over_shards`` leads
+from sharded to replicated, ``enter_shards`` from replicated to sharded. A loss that is replicated at its end
+and crosses between the two only through these has the right gradient on every rank. ``group=None`` means one
+rank.
 """
 
 from __future__ import annotations
@@ -71,7 +72,7 @@ def sum_over_shards(tensor: torch.Tensor, group: Group) -> torch.Tensor:
 
 
 def enter_shards(tensor: torch.Tensor, group: Group) -> torch.Tensor:
-    """The same value, whose gradient is summed over the group: what follows is sharded, what led here is replicated.
+    """The same value, with its gradient summed over the group: from replicated to what is sharded.
 
     All ranks run this backward together, or none.
     """

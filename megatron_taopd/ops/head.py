@@ -17,7 +17,7 @@ DEFAULT_LOGITS_CHUNK_BYTES = 256 * 2**20
 
 @dataclass(frozen=True)
 class HeadShard:
-    """Rows ``vocab_start ...`` of an LM head; ids from ``vocab_size`` on are padding and are never computed."""
+    """Rows ``vocab_start ...`` of an LM head; ids from ``vocab_size`` on are padding, never computed."""
 
     weight: torch.Tensor
     """[padded vocabulary / ranks, H]."""
@@ -61,7 +61,7 @@ class HeadShard:
         return grad_hidden, _matmul(grad_logits_RV.to(dtype).t(), hidden_RH.detach())
 
     def chunks(self, num_rows: int, logits_chunk_bytes: int) -> Iterator[slice]:
-        """Row slices whose fp32 logits fill at most ``logits_chunk_bytes``, at least one (empty without rows).
+        """Row slices whose fp32 logits fill at most ``logits_chunk_bytes``; one empty slice without rows.
 
         The same on every rank of the group, so that their collectives pair up.
         """

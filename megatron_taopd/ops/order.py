@@ -1,7 +1,8 @@
 """Exact order statistics and the first n rows of a total order, over rows that are spread over ranks.
 
-Rows never travel. Values become 64-bit integers that sort alike, and a radix search narrows them eleven bits at a time
-from histograms summed over the ranks; so the answers are exact and do not depend on how rows are spread.
+Rows never travel. Values become 64-bit integers that sort alike, and a radix search narrows them eleven bits
+at a time from histograms summed over the ranks; so the answers are exact and do not depend on how rows are
+spread.
 """
 
 from __future__ import annotations
@@ -112,8 +113,8 @@ def first_n(keys: Sequence[torch.Tensor], n: int, group: Group) -> torch.Tensor:
     """Mask of the first n rows over all ranks in the lexicographic order of the keys.
 
     Args:
-        keys: int64 tensors [R], the most important first, lower first; together they tell all rows of all ranks
-            apart.
+        keys: int64 tensors [R], the most important first, lower first; together they tell all rows of all
+            ranks apart.
         n: rows to take over all ranks, the same on every rank.
 
     Returns:

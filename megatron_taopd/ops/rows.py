@@ -49,12 +49,13 @@ def gather_rows(
 
     Args:
         hidden_SBH: hidden states; under sequence parallelism this rank's slice of the sequence.
-        row_index_R: int64 rows (sequence position * B + batch index) of the *full* sequence, the same on all ranks.
+        row_index_R: int64 rows (sequence position * B + batch index) of the *full* sequence, the same on all
+            ranks.
         group: the tensor-parallel ranks.
         sequence_parallel: whether S is cut over the group; then only the wanted rows travel.
 
     Returns:
-        [R, H]. Its gradient is taken as partial over the group (each rank's share of the vocabulary) and summed
-        before it flows on, so that use it for nothing but a vocab-parallel head.
+        [R, H]. Its gradient is taken as partial over the group (each rank's share of the vocabulary) and
+        summed before it flows on, so that use it for nothing but a vocab-parallel head.
     """
     return _GatherRows.apply(hidden_SBH, row_index_R, group, sequence_parallel and group_size(group) > 1)

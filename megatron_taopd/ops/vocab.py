@@ -1,7 +1,7 @@
 """Softmax quantities and top-K over a vocabulary that is cut over ranks.
 
-Shapes: R rows, V ids of this rank (contiguous from ``vocab_start``; may be none), K ids a row. Results without V are
-the same on every rank of ``group``. Everything but top-K is differentiable in the logits.
+Shapes: R rows, V ids of this rank (contiguous from ``vocab_start``; may be none), K ids a row. Results
+without V are the same on every rank of ``group``. Everything but top-K is differentiable in the logits.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def entropy(logits_RV: torch.Tensor, group: Group) -> torch.Tensor:
 def gather_local(values_RV: torch.Tensor, ids_RK: torch.Tensor, vocab_start: int) -> torch.Tensor:
     """Values at those of the ids that live on this rank, 0 at the others [R, K]."""
     if values_RV.shape[-1] == 0:
-        return values_RV.new_zeros(ids_RK.shape)
+        return values_RV.sum(-1, keepdim=True).expand(ids_RK.shape)  # zeros that autograd still knows
     index = ids_RK - vocab_start
     mine = (index >= 0) & (index < values_RV.shape[-1])
     return values_RV.gather(-1, index.clamp(0, values_RV.shape[-1] - 1)).where(mine, 0.0)
@@ -83,8 +83,8 @@ def check_support_size(k: int, vocab_size: int) -> None:
 def local_top_k(logits_RV: torch.Tensor, k: int, vocab_start: int) -> tuple[torch.Tensor, torch.Tensor]:
     """This rank's K best candidates (values, ids), each [R, K], in no promised order.
 
-    Ties at the boundary go to the lower id. Where the rank has fewer than K ids, the rest is -inf with ids past all
-    real ones.
+    Ties at the boundary go to the lower id. Where the rank has fewer than K ids, the rest is -inf with ids
+    past all real ones.
     """
     logits_RV = logits_RV.detach()
     num_rows, num_ids = logits_RV.shape

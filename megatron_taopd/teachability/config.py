@@ -18,22 +18,23 @@ class SelectionConfig:
 
     selector: str = "teachability"
     """Score that ranks the positions: teachability (TA-OPD: D~ x C~), teachability_entropy, q3_teachability,
-    incompatible (D~ x (1 - C~)), divergence, compatibility, entropy, tip, prefix, random, full (no selection), or
-    your own as pkg.module:function."""
+    incompatible (D~ x (1 - C~)), divergence, compatibility, entropy, tip, prefix, random, full (no
+    selection), or your own as pkg.module:function."""
     keep_ratio: float | None = None
     """Share of all valid response positions of the rollout batch that is kept, in (0, 1] (default: 0.1)."""
     support_k: int = 16
     """Size K of both models' top-K supports in D and C, and of the top-K losses."""
     support_mode: Literal["exact", "upstream"] = "exact"
-    """exact: D and C from real probabilities at all ids. upstream: as the released code sees them, from two top-K
-    lists of a serving API, with its tie-break."""
+    """exact: D and C from real probabilities at all ids. upstream: as the released code sees them, from two
+    top-K lists of a serving API, with its tie-break."""
     compatibility_scale: Literal["quantile", "raw"] | None = None
     """How C enters a score: scaled by its 5 % and 95 % quantiles like D, or as the probability mass it is
     (default: quantile, the paper's)."""
     entropy_support: Literal["full", "topk"] = "full"
     """H over the whole vocabulary, or renormalised on the student's top-K and divided by log K."""
     min_keep_per_sample: int | None = None
-    """Every response keeps at least so many positions, its own best ones, over the budget if need be (default: 1)."""
+    """Every response keeps at least so many positions, its own best ones, over the budget if need be
+    (default: 1)."""
     selection_scope: Literal["global"] = "global"
     """Quantiles and budget over the whole rollout batch."""
 
@@ -49,15 +50,16 @@ class SelectionConfig:
             for name in ("keep_ratio", "min_keep_per_sample"):
                 if getattr(self, name) is not None:
                     raise ConfigError(
-                        f"--{name.replace('_', '-')} {getattr(self, name)} has no effect with --selector full, which "
-                        "keeps every position; drop it or choose another selector"
+                        f"--{name.replace('_', '-')} {getattr(self, name)} has no effect with --selector "
+                        "full, which keeps every position; drop it or choose another selector"
                     )
         if self.compatibility_scale is not None and (
             self.selector in SELECTORS and self.selector not in USES_COMPATIBILITY
         ):
             raise ConfigError(
-                f"--compatibility-scale {self.compatibility_scale} has no effect with --selector {self.selector}, "
-                f"whose score has no C; drop it or use one of {', '.join(sorted(USES_COMPATIBILITY))}"
+                f"--compatibility-scale {self.compatibility_scale} has no effect with --selector "
+                f"{self.selector}, whose score has no C; drop it or use one of "
+                f"{', '.join(sorted(USES_COMPATIBILITY))}"
             )
 
     @property

@@ -41,9 +41,9 @@ class Selection:
     keep: torch.Tensor
     """bool."""
     summary: dict[str, float]
-    """The same on every rank: num_valid, num_budget (positions the ratio allows), num_kept, keep_ratio, threshold
-    (lowest score within the budget), {D,C,H}_q05 and _q95, low_C_share (C < 0.5), low_D_share (D < 0.1 nats),
-    teacher_top5_share (response tokens among the teacher's best five)."""
+    """The same on every rank: num_valid, num_budget (positions the ratio allows), num_kept, keep_ratio,
+    threshold (lowest score within the budget), {D,C,H}_q05 and _q95, low_C_share (C < 0.5), low_D_share (D <
+    0.1 nats), teacher_top5_share (response tokens among the teacher's best five)."""
 
 
 @torch.no_grad()
@@ -59,9 +59,9 @@ def select(
 ) -> Selection:
     """Scores of all rows and the mask of those that are kept. All ranks of the group call it.
 
-    ceil(ratio x valid rows of all ranks) rows with the highest score are kept; equal scores are told apart by the
-    selector's raw leading quantity, then by sample and position (upstream mode: by position, then sample). Then
-    every response adds its own best rows until it has ``min_keep_per_sample``.
+    ceil(ratio x valid rows of all ranks) rows with the highest score are kept; equal scores are told apart by
+    the selector's raw leading quantity, then by sample and position (upstream mode: by position, then
+    sample). Then every response adds its own best rows until it has ``min_keep_per_sample``.
 
     Args:
         statistics: of this rank's valid response positions; their number may differ between ranks, and be 0.

@@ -1,7 +1,7 @@
-"""Selectors: what makes a position worth keeping. A selector ranks rows; the budget and ties are not its business.
+"""Selectors: what makes a position worth keeping. They rank rows; budget and ties are not their business.
 
-R are the rows of this rank. A selector sees normalised quantities that are already comparable over all ranks, and
-answers a :class:`Ranking`. Formulas from arXiv 2605.26844, ``tip`` from arXiv 2604.14084.
+R are the rows of this rank. A selector sees normalised quantities that are already comparable over all ranks,
+and answers a :class:`Ranking`. Formulas from arXiv 2605.26844, ``tip`` from arXiv 2604.14084.
 """
 
 from __future__ import annotations
@@ -58,11 +58,12 @@ Selector = Callable[[ScoredPositions], Ranking]
 
 
 def _soft_or(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    return a + b - a * b
+    """a + b - a b, in the form that is exactly 1 where either is 1: those are the ties."""
+    return 1 - (1 - a) * (1 - b)
 
 
 def teachability(rows: ScoredPositions) -> Ranking:
-    """TA-OPD's learnable disagreement: large D~ where the teacher's mass lies on what the student would say."""
+    """Learnable disagreement: large D~ where the teacher's mass lies on what the student would say."""
     return Ranking(score=rows.D_norm * rows.C_scale, lead=rows.statistics.D)
 
 

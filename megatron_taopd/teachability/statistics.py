@@ -1,8 +1,9 @@
 """Token statistics of student and teacher at every row, from final hidden states and both LM heads.
 
-Shapes: R rows, H hidden size (each model its own), V ids of this rank, K support, U = 2K union slots, P ranks.
-The [rows, vocabulary] matrix exists for one chunk at a time. A chunk costs two collectives: an all-gather of
-top-K candidates and softmax partials, and a SUM all-reduce of cross-gathered logits and full-vocabulary sums.
+Shapes: R rows, H hidden size (each model its own), V ids of this rank, K support, U = 2K union slots, P
+ranks. The [rows, vocabulary] matrix exists for one chunk at a time. A chunk costs two collectives: an
+all-gather of top-K candidates and softmax partials, and a SUM all-reduce of cross-gathered logits and
+full-vocabulary sums.
 """
 
 from __future__ import annotations
@@ -87,7 +88,7 @@ def token_statistics(
     support_mode: SupportMode = "exact",
     logits_chunk_bytes: int = DEFAULT_LOGITS_CHUNK_BYTES,
 ) -> TokenStatistics:
-    """Statistics of every row (arXiv 2605.26844, section 3), without gradient. All ranks of the heads' group call it.
+    """Statistics of every row (arXiv 2605.26844), without gradient. All ranks of the heads' group call it.
 
     Args:
         student_hidden_RH: final hidden states that predict the response tokens, the same on every rank.
@@ -131,8 +132,8 @@ def check_token_ids(token_ids_R: torch.Tensor, vocab_size: int) -> None:
     if outside.numel():
         row = int(outside[0])
         raise DataError(
-            f"response token id {int(token_ids_R[row])} (row {row}) is outside the {vocab_size} ids common to "
-            "student and teacher; the teacher cannot score it: drop that response or use models that share it"
+            f"response token id {int(token_ids_R[row])} (row {row}) is outside the {vocab_size} ids common "
+            "to student and teacher, which cannot both score it; drop that response"
         )
 
 

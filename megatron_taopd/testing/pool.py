@@ -1,4 +1,4 @@
-"""Persistent gloo ranks on this machine: start them once, then run one function after the other on all of them."""
+"""Persistent gloo ranks on this machine: start them once, then run function after function on them."""
 
 from __future__ import annotations
 
@@ -10,12 +10,14 @@ import os
 import pickle
 import signal
 import socket
+import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable
 from typing import Any
 
-_START_TIMEOUT = 120.0
+_START_TIMEOUT = 300.0
 _CLOSE_TIMEOUT = 5.0
 
 
@@ -26,8 +28,9 @@ class WorkerError(RuntimeError):
 class WorkerPool:
     """``world_size`` processes with a gloo process group between them, as ``torchrun`` would set them up.
 
-    The processes start with the first :meth:`run` and stay. A call that fails on any rank, or takes longer than
-    ``timeout`` seconds, ends them all (the others may wait in a collective) and the next call starts fresh ones.
+    The processes start with the first :meth:`run` and stay. A call that fails on any rank, or takes longer
+    than ``timeout`` seconds, ends them all (the others may wait in a collective) and the next call starts
+    fresh ones.
     """
 
     def __init__(self, world_size: int, timeout: float = 300.0) -> None:
@@ -37,6 +40,7 @@ class WorkerPool:
         self.timeout = timeout
         self._processes: list[Any] = []
         self._pipes: list[Any] = []
+        self._store: Any = None
 
     def run(self, fn: Callable[..., Any], *args: Any, **kwargs: Any) -> list[Any]:
         """Call ``fn(*args, **kwargs)`` on every rank.
@@ -79,8 +83,12 @@ class WorkerPool:
         self.close()
 
     def _start(self) -> None:
+        import torch
+
         atexit.register(self._kill)  # the interpreter would wait for the ranks of a pool left open
         context = multiprocessing.get_context("spawn")
+        # The store lives here, on a port that it took itself: no other pool can have taken it in between.
+        self._store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         port = _free_port()
         # A spawned interpreter imports this package (and torch) before any code of ours could set this.
         previous = os.environ.get("OMP_NUM_THREADS")
@@ -88,9 +96,8 @@ class WorkerPool:
         try:
             for rank in range(self.world_size):
                 ours, theirs = context.Pipe()
-                process = context.Process(
-                    target=_serve, args=(theirs, rank, self.world_size, port, self.timeout), daemon=False
-                )
+                arguments = (theirs, rank, self.world_size, self._store.port, port, self.timeout)
+                process = context.Process(target=_serve, args=arguments)
                 process.start()
                 theirs.close()
                 self._processes.append(process)
@@ -142,7 +149,7 @@ class WorkerPool:
             process.join(_CLOSE_TIMEOUT)
         for pipe in self._pipes:
             pipe.close()
-        self._processes, self._pipes = [], []
+        self._processes, self._pipes, self._store = [], [], None
 
 
 def run_distributed(fn: Callable[..., Any], world_size: int, *args: Any, **kwargs: Any) -> list[Any]:
@@ -157,9 +164,10 @@ def _free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def _serve(pipe: Any, rank: int, world_size: int, port: int, timeout: float) -> None:
+def _serve(pipe: Any, rank: int, world_size: int, store_port: int, port: int, timeout: float) -> None:
     """Body of a rank: set up the process group, then answer calls until told to stop."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the caller, which ends the ranks
+    threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
     os.environ.update(
         RANK=str(rank),
         LOCAL_RANK=str(rank),
@@ -172,19 +180,28 @@ def _serve(pipe: Any, rank: int, world_size: int, port: int, timeout: float) -> 
 
     torch.set_num_threads(1)
     try:
-        torch.distributed.init_process_group("gloo", timeout=datetime.timedelta(seconds=timeout))
+        limit = datetime.timedelta(seconds=timeout)
+        store = torch.distributed.TCPStore("127.0.0.1", store_port, is_master=False, timeout=limit)
+        torch.distributed.init_process_group(
+            "gloo", store=store, rank=rank, world_size=world_size, timeout=limit
+        )
         pipe.send_bytes(pickle.dumps((True, None)))
-        while True:
-            payload = pipe.recv_bytes()
-            if not payload:
-                break
+        while payload := pipe.recv_bytes():
             pipe.send_bytes(_answer(payload))
-    except (EOFError, BrokenPipeError):
+    except (EOFError, OSError):
         pass  # the caller is gone
     except Exception:
         pipe.send_bytes(pickle.dumps((False, traceback.format_exc())))
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)  # a peer may be gone already, and taking groups down in order would wait for it
+
+
+def _end_with_parent(parent: int) -> None:
+    """A rank that waits in a collective would outlive a caller that was killed."""
+    while os.getppid() == parent:
+        time.sleep(1.0)
+    os._exit(1)
 
 
 def _answer(payload: bytes) -> bytes:

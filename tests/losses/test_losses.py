@@ -1,4 +1,4 @@
-"""Every loss at any vocabulary split: value and all gradients equal brute force in float64 under plain autograd."""
+"""Every loss at any vocabulary split: value and gradients equal float64 brute force under plain autograd."""
 
 from __future__ import annotations
 

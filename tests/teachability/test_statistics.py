@@ -121,7 +121,7 @@ def test_by_hand() -> None:
 
 
 def test_upstream_by_hand() -> None:
-    """Each side knows its own list: q_s = (1/2, 1/4, e), q_t = (e, 1/2, 1/4) before renormalising, e = 1e-12."""
+    """Each side knows its own list: q_s ~ (1/2, 1/4, e) and q_t ~ (e, 1/2, 1/4), e = 1e-12."""
     got = compute(hand_problem(), k=2, support_mode="upstream")
     e = 1e-12
     terms = e * math.log(2 * e) + 0.5 * math.log(2) + 0.25 * math.log(0.25 / e)
