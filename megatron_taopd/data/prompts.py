@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import random
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -117,7 +118,7 @@ def _render(messages: list[dict[str, Any]], where: str, tokenizer: Any, kwargs: 
         text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **kwargs)
     except Exception as error:  # templates raise whatever jinja or their author chose
         raise DataError(f"{where}: the chat template cannot render 'messages': {error}") from error
-    ignored = [name for name in kwargs if name not in template]
+    ignored = [name for name in kwargs if not re.search(rf"\b{re.escape(name)}\b", template)]
     if ignored:
         raise DataError(
             "--chat-template-kwargs: the chat template of this tokenizer does not know "
