@@ -29,7 +29,7 @@ from megatron_taopd.rollout.sampling import choose_tokens, sampling_numbers
 class ModelWrapper(GPTInferenceWrapper):
     """Runs the model outside inference mode, because some of its tensors live on in Megatron's caches.
 
-    Rotary embeddings do, and a fused rotary kernel saves them for its backward, which inference tensors refuse.
+    Rotary embeddings do, and a fused kernel saves them for its backward, which inference tensors refuse.
     """
 
     def _forward(self, inference_input: dict[str, Any]) -> torch.Tensor:
