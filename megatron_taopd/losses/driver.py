@@ -121,11 +121,10 @@ class _ChunkedLoss(torch.autograd.Function):
             if not job.with_grad:
                 continue
             (grad_logits_RV,) = torch.autograd.grad(loss_sum, logits_RV)
-            grad_rows, grad_ids = head.backward(grad_logits_RV, hidden_RH[rows], weight=wants_weight)
             if grad_hidden is not None:
-                grad_hidden[rows] = grad_rows
-            if grad_weight is not None and grad_ids is not None:
-                grad_weight[: head.num_valid] += grad_ids
+                grad_hidden[rows] = head.hidden_gradient(grad_logits_RV)
+            if grad_weight is not None:
+                head.add_weight_gradient(grad_weight, grad_logits_RV, hidden_RH[rows])
         ctx.grads = (grad_hidden, grad_weight)
         return total
 
@@ -151,7 +150,7 @@ def _chunk_loss(
     loss_R, metrics_R = job.loss(
         LossInputs(
             student_logits_RV=student_logits_RV / job.temperature,
-            teacher_logits_RV=job.teacher_head.logits(job.teacher_hidden_RH[rows]).div_(job.temperature),
+            teacher_logits_RV=job.teacher_head.logits(job.teacher_hidden_RH[rows], job.temperature),
             token_ids_R=job.token_ids_R[rows],
             old_logprobs_R=job.old_logprobs_R[rows].to(dtype),
             vocab_start=job.student_head.vocab_start,

@@ -42,23 +42,26 @@ class HeadShard:
         """[V, H], detached."""
         return self.weight.detach()[: self.num_valid]
 
-    def logits(self, hidden_RH: torch.Tensor) -> torch.Tensor:
-        """Logits [R, V] of this shard without autograd, in fp32 (fp64 for fp64 weights)."""
-        return _matmul(hidden_RH.detach(), self.valid_weight().t())
+    def logits(self, hidden_RH: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
+        """Logits [R, V] of this shard over the temperature, without autograd, in fp32 (fp64 for fp64
+        weights)."""
+        logits_RV = _matmul(hidden_RH.detach(), self.valid_weight().t())
+        return logits_RV if temperature == 1.0 else logits_RV.div_(temperature)
 
-    def backward(
-        self, grad_logits_RV: torch.Tensor, hidden_RH: torch.Tensor, *, weight: bool
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Gradients of :meth:`logits`.
+    def hidden_gradient(self, grad_logits_RV: torch.Tensor) -> torch.Tensor:
+        """[R, H] behind :meth:`logits`, partial over the shards: the sum over the group is the gradient."""
+        return _matmul(grad_logits_RV.to(self.weight.dtype), self.valid_weight())
 
-        Returns:
-            [R, H] partial over the shards (the sum over the group is the gradient), and [V, H] or None.
-        """
-        dtype = self.weight.dtype
-        grad_hidden = _matmul(grad_logits_RV.to(dtype), self.valid_weight())
-        if not weight:
-            return grad_hidden, None
-        return grad_hidden, _matmul(grad_logits_RV.to(dtype).t(), hidden_RH.detach())
+    def add_weight_gradient(
+        self, total_VH: torch.Tensor, grad_logits_RV: torch.Tensor, hidden_RH: torch.Tensor
+    ) -> None:
+        """Add the weight gradient of :meth:`logits` to ``total_VH`` (rows of padding included) in place."""
+        grad_VR = grad_logits_RV.to(self.weight.dtype).t()
+        own_VH = total_VH[: self.num_valid]
+        if grad_VR.dtype == hidden_RH.dtype == total_VH.dtype:
+            own_VH.addmm_(grad_VR, hidden_RH.detach())
+        else:
+            own_VH += _matmul(grad_VR, hidden_RH.detach())
 
     def chunks(self, num_rows: int, logits_chunk_bytes: int) -> Iterator[slice]:
         """Row slices whose fp32 logits fill at most ``logits_chunk_bytes``; one empty slice without rows.

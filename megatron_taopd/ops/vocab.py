@@ -89,13 +89,14 @@ def local_top_k(logits_RV: torch.Tensor, k: int, vocab_start: int) -> tuple[torc
     logits_RV = logits_RV.detach()
     num_rows, num_ids = logits_RV.shape
     kept = min(k, num_ids)
-    values, index = logits_RV.topk(kept, dim=-1) if kept else (logits_RV, logits_RV.long())
-    if 0 < kept < num_ids and num_rows:
+    values, index = logits_RV.topk(min(kept + 1, num_ids), dim=-1)
+    if 0 < kept < num_ids:
         # torch.topk picks any of equal values; rows where that matters are few and get an exact pick.
-        tied = ((logits_RV >= values[:, -1:]).sum(-1) > kept).nonzero()[:, 0]
+        tied = (values[:, kept - 1] == values[:, kept]).nonzero()[:, 0]
         if tied.numel():
-            index[tied] = _lowest_ids_first(logits_RV[tied], kept)
+            index[tied, :kept] = _lowest_ids_first(logits_RV[tied], kept)
             values[tied] = logits_RV[tied].gather(-1, index[tied])
+    values, index = values[:, :kept], index[:, :kept]
     ids = index + vocab_start
     if kept < k:
         values = torch.cat([values, values.new_full((num_rows, k - kept), -torch.inf)], dim=-1)

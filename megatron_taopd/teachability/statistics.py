@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 
@@ -110,17 +110,13 @@ def token_statistics(
     if not temperature > 0:
         raise ConfigError(f"temperature {temperature} must be positive: logits are divided by it")
     check_token_ids(token_ids_R, student_head.vocab_size)
-    parts = [
-        _chunk_statistics(
-            student_head.logits(student_hidden_RH[rows]).div_(temperature),
-            teacher_head.logits(teacher_hidden_RH[rows]).div_(temperature),
-            token_ids_R[rows],
-            student_head,
-            k,
-            support_mode,
-        )
-        for rows in student_head.chunks(token_ids_R.numel(), logits_chunk_bytes)
-    ]
+    parts = []
+    for rows in student_head.chunks(token_ids_R.numel(), logits_chunk_bytes):
+        student_RV = student_head.logits(student_hidden_RH[rows], temperature)
+        teacher_RV = teacher_head.logits(teacher_hidden_RH[rows], temperature)
+        reading = _read_logits(student_RV, teacher_RV, token_ids_R[rows], student_head, k)
+        parts.append(_to_statistics(reading, token_ids_R[rows], support_mode, student_RV.dtype))
+        del student_RV, teacher_RV  # before the next chunk asks for as much again
     return concat_statistics(parts)
 
 
@@ -137,61 +133,93 @@ def check_token_ids(token_ids_R: torch.Tensor, vocab_size: int) -> None:
         )
 
 
-def _chunk_statistics(
-    student_RV: torch.Tensor,
-    teacher_RV: torch.Tensor,
-    token_ids_R: torch.Tensor,
-    head: HeadShard,
-    k: int,
-    support_mode: SupportMode,
-) -> TokenStatistics:
-    start, group = head.vocab_start, head.group
+class _Reading(NamedTuple):
+    """What both logit matrices tell of each row, replicated, in float64 [R] or [R, K]; ids best first."""
 
-    # Everything a rank knows alone: K candidates and a partial softmax denominator for each model.
-    maximum_2R = torch.stack([local_max(student_RV), local_max(teacher_RV)])
-    partial_2R = torch.stack(
-        [
-            (logits - maximum.nan_to_num(neginf=0.0)[:, None]).exp().sum(-1)
-            for logits, maximum in zip((student_RV, teacher_RV), maximum_2R, strict=True)
-        ]
-    )
-    candidates = [*local_top_k(student_RV, k, start), *local_top_k(teacher_RV, k, start)]
-    columns = [*candidates, maximum_2R.t(), partial_2R.t()]
+    ids_s_RK: torch.Tensor
+    ids_t_RK: torch.Tensor
+    logp_s_on_s: torch.Tensor
+    logp_t_on_t: torch.Tensor
+    logp_t_on_s: torch.Tensor
+    logp_s_on_t: torch.Tensor
+    token_s: torch.Tensor
+    token_t: torch.Tensor
+    h_s: torch.Tensor
+    h_t: torch.Tensor
+    kl_reverse: torch.Tensor
+    kl_forward: torch.Tensor
+
+
+def _read_logits(
+    student_RV: torch.Tensor, teacher_RV: torch.Tensor, token_ids_R: torch.Tensor, head: HeadShard, k: int
+) -> _Reading:
+    """Two collectives and the only passes over [R, V]. Overwrites the logits."""
+    start, group = head.vocab_start, head.group
+    models = (student_RV, teacher_RV)
+
+    # Everything a rank knows alone: K candidates and a partial softmax denominator for each model. Logits are
+    # shifted in place, because every pass over a chunk and every buffer of its size counts.
+    candidates = [part for logits_RV in models for part in local_top_k(logits_RV, k, start)]
+    maximum_R2 = torch.stack([local_max(x) for x in models], dim=-1).nan_to_num(neginf=0.0)
+    for logits_RV, maximum_R in zip(models, maximum_R2.unbind(-1), strict=True):
+        logits_RV.sub_(maximum_R[:, None])
+    mass_s_RV, mass_t_RV = (logits_RV.exp() for logits_RV in models)
+    denominator_R2 = torch.stack([mass_s_RV.sum(-1), mass_t_RV.sum(-1)], dim=-1)
+    columns = [*candidates, maximum_R2, denominator_R2]
     # float64 holds fp32 logits and ids exactly, which makes it one collective.
     gathered_PRC = all_gather(torch.cat([c.double() for c in columns], dim=-1), group)
-    values_s, ids_s, values_t, ids_t, maximum, partial = gathered_PRC.split([k, k, k, k, 2, 2], dim=-1)
-    lse_R2 = (maximum + partial.log()).logsumexp(0)
+    values_s, ids_s, values_t, ids_t, maximum, denominator = gathered_PRC.split([k, k, k, k, 2, 2], dim=-1)
+    lse_R2 = (maximum + denominator.log()).logsumexp(0)
     lse_s, lse_t = lse_R2.unbind(-1)
     top_s_RK, ids_s_RK = merge_top_k(_side_by_side(values_s), _side_by_side(ids_s).long(), k)
     top_t_RK, ids_t_RK = merge_top_k(_side_by_side(values_t), _side_by_side(ids_t).long(), k)
 
-    # What needs the softmax of all, or the other model's ids: partial sums, zero where an id is elsewhere.
-    dtype = student_RV.dtype
+    # What needs the softmax of all, or the other model's ids: a sum over the shards, 0 where an id is elsewhere.
+    offset_R2 = maximum_R2.double() - lse_R2  # a shifted logit plus this is a log-probability
+    offset_s, offset_t = offset_R2.unbind(-1)
+    token_R1 = token_ids_R[:, None]
     sums = [
-        gather_local(teacher_RV, ids_s_RK, start),
-        gather_local(student_RV, ids_t_RK, start),
-        gather_local(student_RV, token_ids_R[:, None], start),
-        gather_local(teacher_RV, token_ids_R[:, None], start),
+        _log_probs_here(teacher_RV, offset_t, ids_s_RK, start),
+        _log_probs_here(student_RV, offset_s, ids_t_RK, start),
+        _log_probs_here(student_RV, offset_s, token_R1, start),
+        _log_probs_here(teacher_RV, offset_t, token_R1, start),
     ]
-    # log p_s - log p_t; the difference of logits is near exact where the models agree.
-    ratio_RV = (student_RV - teacher_RV).sub_((lse_s - lse_t).to(dtype)[:, None])
-    for sign, logits_RV, lse in ((1, student_RV, lse_s), (-1, teacher_RV, lse_t)):
-        log_p_RV = logits_RV - lse.to(dtype)[:, None]
-        p_RV = log_p_RV.exp()
-        sums.append(-(p_RV * log_p_RV).sum(-1, keepdim=True))
-        sums.append(sign * p_RV.mul_(ratio_RV).sum(-1, keepdim=True))
-    totals = all_reduce_sum(torch.cat([s.double() for s in sums], dim=-1), group)
-    teacher_at_s, student_at_t, token_s, token_t, h_s, kl_reverse, h_t, kl_forward = totals.split(
-        [k, k, 1, 1, 1, 1, 1, 1], dim=-1
+    scale_R2 = offset_R2.exp()
+    scratch_RV = torch.empty_like(student_RV)
+
+    def expectation(
+        mass_RV: torch.Tensor, x_RV: torch.Tensor, offset_R: torch.Tensor, side: int
+    ) -> torch.Tensor:
+        """Sum over this rank's ids of p (x + offset)."""
+        product_R = torch.mul(mass_RV, x_RV, out=scratch_RV).sum(-1).double()
+        return (scale_R2[:, side] * (product_R + offset_R * denominator_R2[:, side]))[:, None]
+
+    sums.append(-expectation(mass_s_RV, student_RV, offset_s, 0))
+    sums.append(-expectation(mass_t_RV, teacher_RV, offset_t, 1))
+    # log p_s - log p_t up to an offset: a difference of logits, which is near exact where the models agree.
+    ratio_RV, offset_R = student_RV.sub_(teacher_RV), offset_s - offset_t
+    sums.append(expectation(mass_s_RV, ratio_RV, offset_R, 0))
+    sums.append(-expectation(mass_t_RV, ratio_RV, offset_R, 1))
+    totals = all_reduce_sum(torch.cat(sums, dim=-1), group)
+    logp_t_on_s, logp_s_on_t, singles = totals.split([k, k, 6], dim=-1)
+    return _Reading(
+        ids_s_RK,
+        ids_t_RK,
+        top_s_RK - lse_s[:, None],
+        top_t_RK - lse_t[:, None],
+        logp_t_on_s,
+        logp_s_on_t,
+        *singles.unbind(-1),
     )
 
-    # From here on everything is replicated, in float64, and of size [R, 2K].
-    in_both_RK = (ids_s_RK[:, :, None] == ids_t_RK[:, None, :]).any(-1)
-    t_in_s_RK = (ids_t_RK[:, :, None] == ids_s_RK[:, None, :]).any(-1)
-    logp_s_on_s = top_s_RK - lse_s[:, None]
-    logp_t_on_t = top_t_RK - lse_t[:, None]
-    logp_t_on_s = teacher_at_s - lse_t[:, None]
-    logp_s_on_t = student_at_t - lse_s[:, None]
+
+def _to_statistics(
+    x: _Reading, token_ids_R: torch.Tensor, support_mode: SupportMode, dtype: torch.dtype
+) -> TokenStatistics:
+    k = x.ids_s_RK.shape[-1]
+    in_both_RK = (x.ids_s_RK[:, :, None] == x.ids_t_RK[:, None, :]).any(-1)
+    t_in_s_RK = (x.ids_t_RK[:, :, None] == x.ids_s_RK[:, None, :]).any(-1)
+    logp_t_on_s, logp_s_on_t = x.logp_t_on_s, x.logp_s_on_t
     c_topk = logp_t_on_s.exp().where(in_both_RK, 0.0).sum(-1)
     if support_mode == "exact":
         c = logp_t_on_s.exp().sum(-1)
@@ -200,25 +228,25 @@ def _chunk_statistics(
         missing = math.log(UPSTREAM_MISSING)
         logp_t_on_s = logp_t_on_s.where(in_both_RK, missing)
         logp_s_on_t = logp_s_on_t.where(t_in_s_RK, missing)
-    rank_s, rank_t = (_rank_of(token_ids_R, ids) for ids in (ids_s_RK, ids_t_RK))
+    rank_s, rank_t = (_rank_of(token_ids_R, ids) for ids in (x.ids_s_RK, x.ids_t_RK))
     values = {
         "D": _union_kl(
-            torch.cat([logp_t_on_s, logp_t_on_t], -1),
-            torch.cat([logp_s_on_s, logp_s_on_t], -1),
+            torch.cat([logp_t_on_s, x.logp_t_on_t], -1),
+            torch.cat([x.logp_s_on_s, logp_s_on_t], -1),
             torch.cat([torch.ones_like(in_both_RK), ~t_in_s_RK], -1),
         ),
         "C": c.clamp(max=1.0),
         "C_topk": c_topk.clamp(max=1.0),
-        "H": h_s[:, 0],
-        "H_topk": _renormalised_entropy(logp_s_on_s) / math.log(k) if k > 1 else torch.zeros_like(lse_s),
-        "kl_forward": kl_forward[:, 0],
-        "kl_reverse": kl_reverse[:, 0],
-        "student_logprob": token_s[:, 0] - lse_s,
-        "teacher_logprob": token_t[:, 0] - lse_t,
-        "teacher_entropy": h_t[:, 0],
+        "H": x.h_s,
+        "H_topk": _renormalised_entropy(x.logp_s_on_s) / math.log(k) if k > 1 else torch.zeros_like(x.h_s),
+        "kl_forward": x.kl_forward.clamp(min=0.0),
+        "kl_reverse": x.kl_reverse.clamp(min=0.0),
+        "student_logprob": x.token_s,
+        "teacher_logprob": x.token_t,
+        "teacher_entropy": x.h_t,
         "overlap": in_both_RK.double().mean(-1),
-        "student_mass": logp_s_on_s.exp().sum(-1).clamp(max=1.0),
-        "teacher_mass": logp_t_on_t.exp().sum(-1).clamp(max=1.0),
+        "student_mass": x.logp_s_on_s.exp().sum(-1).clamp(max=1.0),
+        "teacher_mass": x.logp_t_on_t.exp().sum(-1).clamp(max=1.0),
     }
     return TokenStatistics(
         **{name: value.to(dtype) for name, value in values.items()},
@@ -228,6 +256,15 @@ def _chunk_statistics(
     )
 
 
+def _log_probs_here(
+    shifted_RV: torch.Tensor, offset_R: torch.Tensor, ids_RK: torch.Tensor, vocab_start: int
+) -> torch.Tensor:
+    """Log-probabilities at those of the ids that live on this rank, 0 at the others [R, K]."""
+    index = ids_RK - vocab_start
+    here = (index >= 0) & (index < shifted_RV.shape[-1])
+    return (gather_local(shifted_RV, ids_RK, vocab_start) + offset_R[:, None]).where(here, 0.0)
+
+
 def _side_by_side(candidates_PRK: torch.Tensor) -> torch.Tensor:
     return candidates_PRK.transpose(0, 1).flatten(1)
 
@@ -235,7 +272,8 @@ def _side_by_side(candidates_PRK: torch.Tensor) -> torch.Tensor:
 def _union_kl(log_t_RU: torch.Tensor, log_s_RU: torch.Tensor, counted_RU: torch.Tensor) -> torch.Tensor:
     """KL(t ‖ s) over the counted slots, each side renormalised there; all in log space."""
     log_t_RU, log_s_RU = (x.where(counted_RU, -torch.inf).log_softmax(-1) for x in (log_t_RU, log_s_RU))
-    return (log_t_RU.exp() * (log_t_RU - log_s_RU)).where(counted_RU, 0.0).sum(-1)
+    # Rounding alone can bring a sum that is 0 below it.
+    return (log_t_RU.exp() * (log_t_RU - log_s_RU)).where(counted_RU, 0.0).sum(-1).clamp(min=0.0)
 
 
 def _renormalised_entropy(log_p_RK: torch.Tensor) -> torch.Tensor:

@@ -153,7 +153,7 @@ def test_exact_where_models_agree() -> None:
     ).to(torch.float32)
     got = compute(problem, k=50)
     for name in ("D", "kl_forward", "kl_reverse"):
-        assert got[name].abs().max() == 0, name
+        assert 0 <= got[name].min() and got[name].max() < 1e-12, name
     assert (got["C"] <= 1).all() and (got["C"] > 1 - 1e-6).all()
 
 
