@@ -174,7 +174,7 @@ def _read_logits(
     top_s_RK, ids_s_RK = merge_top_k(_side_by_side(values_s), _side_by_side(ids_s).long(), k)
     top_t_RK, ids_t_RK = merge_top_k(_side_by_side(values_t), _side_by_side(ids_t).long(), k)
 
-    # What needs the softmax of all, or the other model's ids: a sum over the shards, 0 where an id is elsewhere.
+    # What needs the softmax of all, or the other model's ids: sums over shards, 0 where an id is elsewhere.
     offset_R2 = maximum_R2.double() - lse_R2  # a shifted logit plus this is a log-probability
     offset_s, offset_t = offset_R2.unbind(-1)
     token_R1 = token_ids_R[:, None]

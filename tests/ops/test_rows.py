@@ -65,3 +65,16 @@ def test_one_process_without_a_group() -> None:
     hidden, _ = tensors()
     rows = gather_rows(hidden, torch.tensor([S * B - 1, 4]), group=None, sequence_parallel=True)
     torch.testing.assert_close(rows, torch.stack([hidden[S - 1, B - 1], hidden[1, 1]]))
+
+
+def bf16_rows() -> torch.Tensor:
+    hidden = tensors()[0].bfloat16().chunk(2, dim=0)[torch.distributed.get_rank()].clone().requires_grad_()
+    rows = gather_rows(hidden, INDEX["spread"], group=torch.distributed.group.WORLD, sequence_parallel=True)
+    rows.sum().backward()
+    return rows.detach()
+
+
+def test_bf16_rows_travel_unchanged(pool: Callable[[int], WorkerPool]) -> None:
+    want = tensors()[0].bfloat16().reshape(S * B, H)[INDEX["spread"]]
+    for rows in pool(2).run(bf16_rows):
+        assert torch.equal(rows, want)
