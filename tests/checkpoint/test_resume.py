@@ -25,10 +25,18 @@ KINDS = {
 }
 
 
-@pytest.fixture(scope="module", params=[False, True], ids=["untied", "tied"])
-def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("model")
-    return save_tiny_hf_model(path, "qwen3", num_layers=2, hidden_size=32, ffn_size=48, tied=request.param)
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return _model(tmp_path_factory.mktemp("untied"), tied=False)
+
+
+@pytest.fixture(scope="module")
+def tied_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return _model(tmp_path_factory.mktemp("tied"), tied=True)
+
+
+def _model(path: Path, *, tied: bool) -> Path:
+    return save_tiny_hf_model(path, "qwen3", num_layers=2, hidden_size=32, ffn_size=48, tied=tied)
 
 
 @pytest.mark.parametrize("name", KINDS)
@@ -60,9 +68,11 @@ def test_resume_is_exact_on_the_same_layout(pool: Pools, model: Path, tmp_path: 
     ids=lambda value: str(value) if not isinstance(value, Kind) else f"tp{value.tp}pp{value.pp}",
 )
 def test_resume_on_another_layout(
-    pool: Pools, model: Path, tmp_path: Path, name: str, ranks: int, other: Kind
+    pool: Pools, model: Path, tied_model: Path, tmp_path: Path, name: str, ranks: int, other: Kind
 ) -> None:
     saved_ranks, kind = KINDS[name]
+    # Tied embeddings are held twice with two stages and once with one: a change of that is the hard case.
+    model = tied_model if (kind.pp, other.pp) in ((1, 2), (2, 1)) and not kind.bf16 else model
     straight = pool(saved_ranks).run(train_and_save, model, tmp_path, kind)
     resumed = pool(ranks).run(resume, model, tmp_path, other)
     assert not any(answer["restored"] for answer in resumed)
