@@ -15,7 +15,10 @@ from megatron_taopd.errors import ConfigError, TaopdError
 # Sub-command -> (module:function, one line for --help). Modules are imported when called, so that --help is quick.
 COMMANDS: dict[str, tuple[str, str]] = {
     "train": ("megatron_taopd.commands.train:train", "distil a teacher into a student on its own responses"),
-    "rollout": ("megatron_taopd.commands.rollout:rollout", "a student's responses to a prompt file, as JSONL"),
+    "rollout": (
+        "megatron_taopd.commands.rollout:rollout",
+        "a student's responses to a prompt file, as JSONL",
+    ),
     "score": ("megatron_taopd.commands.score:score", "statistics, scores and keep mask of recorded rollouts"),
     "doctor": ("megatron_taopd.commands.doctor:doctor", "what this machine has, and what will be used"),
 }

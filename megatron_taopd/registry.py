@@ -26,8 +26,7 @@ def resolve(kind: str, name: str, known: Mapping[str, Callable[..., Any]]) -> Ca
         close = difflib.get_close_matches(name, known, n=1)
         hint = f"; did you mean {close[0]!r}?" if close else ""
         raise ConfigError(
-            f"unknown {kind} {name!r}{hint} (available: {', '.join(known)}, or your own as "
-            "pkg.module:function)"
+            f"unknown {kind} {name!r}{hint} (available: {', '.join(known)}, or your own as pkg.module:function)"
         )
     try:
         found = getattr(importlib.import_module(module_name), attribute)

@@ -74,7 +74,14 @@ def test_yaml_is_layered_under_flags(tmp_path: Path) -> None:
 
 
 def test_resolved_configuration_reads_back(tmp_path: Path) -> None:
-    words = ["--student=a", "--teacher=b", "--prompt-data=p.jsonl", "--loss=jsd", "--jsd-beta=0.3", "--lr=3e-5"]
+    words = [
+        "--student=a",
+        "--teacher=b",
+        "--prompt-data=p.jsonl",
+        "--loss=jsd",
+        "--jsd-beta=0.3",
+        "--lr=3e-5",
+    ]
     config = cli.parse(TrainConfig, words, name="train")
     (tmp_path / "c.yaml").write_text(yaml.safe_dump(flat_values(config)))
     assert cli.parse(TrainConfig, ["--config", str(tmp_path / "c.yaml")], name="train") == config

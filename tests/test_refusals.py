@@ -129,7 +129,11 @@ CASES: dict[str, tuple[Callable[[Path], tuple[str, ...]], int, tuple[str, ...]]]
     "K above the vocabulary": (flags("--support-k=600"), 1, ("600", "509")),
     "fp8 without Transformer Engine": (flags("--fp8-format=e4m3"), 1, ("Transformer Engine",)),
     "engine without a server": (flags("--rollout-engine=openai"), 0, ("openai",)),
-    "greedy without a distillation temperature": (flags("--temperature=0"), 0, ("--distillation-temperature",)),
+    "greedy without a distillation temperature": (
+        flags("--temperature=0"),
+        0,
+        ("--distillation-temperature",),
+    ),
     "missing model": (flags("--teacher=/nowhere/teacher"), 1, ("/nowhere/teacher",)),
     "nothing to resume": (flags("--load=/nowhere/checkpoints"), 1, ("/nowhere/checkpoints",)),
     "optimizer cannot be sharded": (flags("--optimizer=sgd", "--use-distributed-optimizer"), 0, ("sgd",)),

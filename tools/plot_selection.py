@@ -1,6 +1,6 @@
 """Draw a score table: every response position in the plane of disagreement and compatibility, kept ones in colour.
 
-    python tools/plot_selection.py build/quickstart/before.parquet --output docs/selection.png
+python tools/plot_selection.py build/quickstart/before.parquet --output docs/selection.png
 """
 
 from __future__ import annotations
@@ -25,7 +25,12 @@ def draw(table: Path, output: Path) -> None:
 
     axis = np.linspace(0.01, 1, 200)
     contours = plane.contour(
-        axis, axis, axis[:, None] * axis[None, :], levels=[0.1, 0.3, 0.5, 0.7, 0.9], colors="0.8", linewidths=0.8
+        axis,
+        axis,
+        axis[:, None] * axis[None, :],
+        levels=[0.1, 0.3, 0.5, 0.7, 0.9],
+        colors="0.8",
+        linewidths=0.8,
     )
     plane.clabel(contours, fmt="%.1f", fontsize=7)
     plane.scatter(d[~keep], c[~keep], s=6, color="tab:gray", alpha=0.5, label=f"not kept ({(~keep).sum()})")
@@ -47,7 +52,9 @@ def draw(table: Path, output: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("table", type=Path, help="score table of `taopd score` (.parquet)")
-    parser.add_argument("--output", type=Path, default=Path("selection.png"), help="picture to write (.png, .svg, .pdf)")
+    parser.add_argument(
+        "--output", type=Path, default=Path("selection.png"), help="picture to write (.png, .svg, .pdf)"
+    )
     args = parser.parse_args()
     draw(args.table, args.output)
 

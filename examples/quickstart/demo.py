@@ -81,9 +81,7 @@ def main() -> None:
     work: Path = args.work_dir
     started = time.perf_counter()
 
-    show_and_run(
-        "1/5 prepare: models and prompts", [sys.executable, str(HERE / "prepare.py"), "--out", str(work)]
-    )
+    show_and_run("1/5 prepare: models and prompts", [sys.executable, str(HERE / "prepare.py"), "--out", str(work)])
     teacher, student = work / "teacher", work / "student"
     run = work / "run"
     trained = run / "hf"
@@ -104,7 +102,14 @@ def main() -> None:
         "3/5 train: teachability-aware on-policy distillation",
         taopd(
             *["train", "--config", HERE / "train.yaml", "--student", student, "--teacher", teacher],
-            *["--prompt-data", work / "train_prompts.jsonl", "--log-dir", run, "--tensorboard-dir", run / "tb"],
+            *[
+                "--prompt-data",
+                work / "train_prompts.jsonl",
+                "--log-dir",
+                run,
+                "--tensorboard-dir",
+                run / "tb",
+            ],
             *["--save", run / "checkpoints", "--export-hf", trained, *iters],
         ),
     )
@@ -122,6 +127,7 @@ def main() -> None:
     metrics = read_jsonl(run / "metrics.jsonl")
     plot(metrics, before, after, run / "plot.png")
     old, new = read_jsonl(answers)[0], read_jsonl(samples)[0]
+    change = (after - before) / before
     kept = sum(m["num_kept_tokens"] for m in metrics)
     valid = sum(m["num_valid_tokens"] for m in metrics)
     print(
@@ -129,9 +135,9 @@ def main() -> None:
 ================================ quickstart: result ================================
 KL(teacher || student), full vocabulary, held-out contexts, nats a token
     before  {before:.4f}
-    after   {after:.4f}     ({(after - before) / before:+.1%}, {len(metrics)} steps, {kept:.0f} of {valid:.0f} tokens kept)
+    after   {after:.4f}     ({change:+.1%}, {len(metrics)} steps, {kept:.0f} of {valid:.0f} tokens kept)
 
-prompt          {old["prompt"].strip().splitlines()[-2:]}
+prompt          {old["messages"][-1]["content"]!r}
 before          {old["response"]!r}
 after           {new["response"]!r}
 

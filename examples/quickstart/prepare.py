@@ -99,9 +99,7 @@ def drop_layers(model: Any, dropped: list[int]) -> None:
     layers = model.model.layers
     if not set(dropped) < set(range(len(layers))):
         sys.exit(f"layers to drop {dropped} must be some, not all, of 0 to {len(layers) - 1}")
-    model.model.layers = torch.nn.ModuleList(
-        layer for index, layer in enumerate(layers) if index not in dropped
-    )
+    model.model.layers = torch.nn.ModuleList(layer for index, layer in enumerate(layers) if index not in dropped)
     for index, layer in enumerate(model.model.layers):
         layer.self_attn.layer_idx = index
     model.config.num_hidden_layers = len(model.model.layers)
@@ -150,15 +148,9 @@ def write_prompts(out: Path, num_train: int, num_heldout: int, seed: int) -> Non
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--out", type=Path, default=Path("build/quickstart"), help="everything is written here"
-    )
-    parser.add_argument(
-        "--drop-layers", type=int, nargs="+", default=[13, 14], help="the student lacks these (from 0)"
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("build/quickstart"), help="everything is written here")
+    parser.add_argument("--drop-layers", type=int, nargs="+", default=[13, 14], help="the student lacks these (from 0)")
     parser.add_argument("--num-train", type=int, default=400, help="training prompts")
     parser.add_argument("--num-heldout", type=int, default=24, help="held-out prompts")
     parser.add_argument("--seed", type=int, default=7, help="of the prompts")

@@ -70,8 +70,7 @@ def read_index(path: Path) -> Any:
             raise CheckpointError(f"checkpoint {path} is incomplete: no {name}; use an earlier iteration")
         if file.stat().st_size < size:
             raise CheckpointError(
-                f"checkpoint {path} is torn: {name} has {file.stat().st_size} bytes of {size}; "
-                "use an earlier iteration"
+                f"checkpoint {path} is torn: {name} has {file.stat().st_size} bytes of {size}; use an earlier iteration"
             )
     return index
 
@@ -79,9 +78,7 @@ def read_index(path: Path) -> Any:
 def stored_shapes(index: Any) -> dict[str, tuple[int, ...]]:
     """Global shape of each stored tensor."""
     return {
-        name: tuple(entry.size)
-        for name, entry in index.state_dict_metadata.items()
-        if hasattr(entry, "properties")
+        name: tuple(entry.size) for name, entry in index.state_dict_metadata.items() if hasattr(entry, "properties")
     }
 
 

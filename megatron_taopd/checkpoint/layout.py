@@ -74,9 +74,7 @@ def find_iteration(directory: str | Path, iteration: int | None = None) -> tuple
     if iteration is None:
         iteration = read_latest_iteration(directory)
         if iteration is None:
-            raise CheckpointError(
-                f"{directory} holds no checkpoint: {TRACKER} is missing (found: {_found(directory)})"
-            )
+            raise CheckpointError(f"{directory} holds no checkpoint: {TRACKER} is missing (found: {_found(directory)})")
     path = directory / iteration_name(iteration)
     if not path.is_dir():
         raise CheckpointError(

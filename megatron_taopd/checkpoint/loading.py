@@ -107,9 +107,7 @@ def _load(
         scheduler.load_state_dict(loaded["opt_param_scheduler"])
     restored = not weights_only and restore_random_state(path, about.get("layout"))
     dist.barrier()
-    return LoadedState(
-        iteration=iteration, extra_state=about.get("extra_state", {}), random_state_restored=restored
-    )
+    return LoadedState(iteration=iteration, extra_state=about.get("extra_state", {}), random_state_restored=restored)
 
 
 def _find_together(directory: str | Path, iteration: int | None) -> tuple[Path, int]:

@@ -14,6 +14,7 @@ from megatron_taopd.checkpoint.optimizer_state import METADATA
 def unwrap(module: torch.nn.Module | Sequence[torch.nn.Module]) -> list[torch.nn.Module]:
     """The models inside DDP and precision wrappers, one a pipeline chunk."""
     chunks = []
+    chunk: Any
     for chunk in [module] if isinstance(module, torch.nn.Module) else module:
         while isinstance(getattr(chunk, "module", None), torch.nn.Module):
             chunk = chunk.module
@@ -26,9 +27,7 @@ def chunk_names(chunks: Sequence[torch.nn.Module]) -> list[str]:
     return ["model"] if len(chunks) == 1 else [f"model{index}" for index in range(len(chunks))]
 
 
-def sharded_state(
-    chunks: Sequence[torch.nn.Module], stored_objects: set[str] | None = None
-) -> dict[str, Any]:
+def sharded_state(chunks: Sequence[torch.nn.Module], stored_objects: set[str] | None = None) -> dict[str, Any]:
     """Chunk name -> megatron-core's sharded description of its weights.
 
     Args:
@@ -36,8 +35,9 @@ def sharded_state(
             when they hold nothing, or when the checkpoint has none.
     """
     state = {}
-    for name, chunk in zip(chunk_names(chunks), chunks, strict=True):
-        entries = chunk.sharded_state_dict(metadata=dict(METADATA))
+    model: Any
+    for name, model in zip(chunk_names(chunks), chunks, strict=True):
+        entries = model.sharded_state_dict(metadata=dict(METADATA))
         state[name] = {key: entry for key, entry in entries.items() if _kept(entry, stored_objects)}
     return state
 

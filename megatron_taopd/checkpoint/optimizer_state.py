@@ -66,9 +66,7 @@ def _fill(inner: torch.optim.Optimizer) -> None:
                     state["momentum_buffer"] = torch.zeros_like(parameter)
 
 
-def sharded_state(
-    optimizer: MegatronOptimizer, model_state: dict[str, Any], *, is_loading: bool
-) -> dict[str, Any]:
+def sharded_state(optimizer: MegatronOptimizer, model_state: dict[str, Any], *, is_loading: bool) -> dict[str, Any]:
     """megatron-core's sharded description of the optimizer. Collective."""
     create_missing_state(optimizer)
     state = optimizer.sharded_state_dict(model_state, is_loading=is_loading, metadata=dict(METADATA))

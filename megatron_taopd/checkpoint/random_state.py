@@ -31,7 +31,8 @@ def current_layout() -> dict[str, int]:
 
 def save_random_state(path: Path) -> None:
     """Write this rank's states below the checkpoint ``path``."""
-    name, keys, position, has_gauss, cached_gaussian = numpy.random.get_state()
+    numpy_state: Any = numpy.random.get_state()
+    name, keys, position, has_gauss, cached_gaussian = numpy_state
     states: dict[str, Any] = {
         "python": random.getstate(),
         "numpy": (name, torch.from_numpy(keys.astype("int64")), position, has_gauss, cached_gaussian),

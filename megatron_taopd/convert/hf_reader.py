@@ -62,13 +62,11 @@ class HFReader:
             ) from error
         if tuple(part.get_shape()) != shape:
             raise ModelError(
-                f"{self.path}: {name!r} has shape {list(part.get_shape())}, "
-                f"but config.json implies {list(shape)}"
+                f"{self.path}: {name!r} has shape {list(part.get_shape())}, but config.json implies {list(shape)}"
             )
         if part.get_dtype() not in _READABLE:
             raise ModelError(
-                f"{self.path}: {name!r} is stored as {part.get_dtype()}; "
-                f"supported: {', '.join(sorted(_READABLE))}"
+                f"{self.path}: {name!r} is stored as {part.get_dtype()}; supported: {', '.join(sorted(_READABLE))}"
             )
         return part
 

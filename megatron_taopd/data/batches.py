@@ -118,7 +118,5 @@ def _micro_batch(
         token_ids_R=ids(token_ids),
         sample_index_R=ids(sample_index),
         position_R=ids(position),
-        rollout_logprobs_R=torch.tensor(logprobs, dtype=torch.float32, device=device)
-        if with_logprobs
-        else None,
+        rollout_logprobs_R=torch.tensor(logprobs, dtype=torch.float32, device=device) if with_logprobs else None,
     )

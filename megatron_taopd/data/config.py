@@ -38,9 +38,7 @@ class DataConfig:
         try:
             value = json.loads(self.chat_template_kwargs)
         except json.JSONDecodeError as error:
-            raise ConfigError(
-                f"--chat-template-kwargs {self.chat_template_kwargs!r} is not JSON: {error}"
-            ) from error
+            raise ConfigError(f"--chat-template-kwargs {self.chat_template_kwargs!r} is not JSON: {error}") from error
         if not isinstance(value, dict):
             raise ConfigError(
                 f"--chat-template-kwargs {self.chat_template_kwargs!r} must be a JSON object such as "

@@ -86,8 +86,6 @@ def text(value: Any, where: str, key: str) -> str:
         DataError: it is not.
     """
     if not isinstance(value, str):
-        hint = (
-            "; a conversation belongs under 'messages'" if key == "prompt" and isinstance(value, list) else ""
-        )
+        hint = "; a conversation belongs under 'messages'" if key == "prompt" and isinstance(value, list) else ""
         raise DataError(f"{where}: '{key}' must be a string, not {type(value).__name__}{hint}")
     return value

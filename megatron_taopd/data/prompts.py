@@ -79,9 +79,7 @@ def read_prompts(config: DataConfig, tokenizer: Any | None) -> list[Prompt]:
     return prompts
 
 
-def _from_line(
-    line: dict[str, Any], where: str, index: int, tokenizer: Any | None, kwargs: dict[str, Any]
-) -> Prompt:
+def _from_line(line: dict[str, Any], where: str, index: int, tokenizer: Any | None, kwargs: dict[str, Any]) -> Prompt:
     given = [key for key in _SOURCES if key in line]
     if not given:
         raise DataError(f"{where}: no prompt; a line needs 'prompt', 'messages' or 'prompt_tokens'")

@@ -101,12 +101,8 @@ _FIELDS = (
 def _from_line(line: dict[str, Any], where: str, *, index: int, vocab_size: int | None) -> Rollout:
     for key in ("prompt_tokens", "response_tokens"):
         if key not in line:
-            raise DataError(
-                f"{where}: '{key}' is missing; a rollout needs 'prompt_tokens' and 'response_tokens'"
-            )
-    response_tokens = jsonl.token_ids(
-        line["response_tokens"], where, "response_tokens", vocab_size=vocab_size
-    )
+            raise DataError(f"{where}: '{key}' is missing; a rollout needs 'prompt_tokens' and 'response_tokens'")
+    response_tokens = jsonl.token_ids(line["response_tokens"], where, "response_tokens", vocab_size=vocab_size)
     finish_reason = line.get("finish_reason")
     if finish_reason not in (None, "stop", "length"):
         raise DataError(f"{where}: 'finish_reason' must be 'stop' or 'length', not {finish_reason!r}")
@@ -131,8 +127,7 @@ def _logprobs(value: Any, where: str, num_tokens: int) -> list[float] | None:
         raise DataError(f"{where}: 'response_logprobs' must be a list of numbers")
     if len(value) != num_tokens:
         raise DataError(
-            f"{where}: {len(value)} 'response_logprobs' for {num_tokens} 'response_tokens'; there must be "
-            "one a token"
+            f"{where}: {len(value)} 'response_logprobs' for {num_tokens} 'response_tokens'; there must be one a token"
         )
     for number in value:
         # Rounding puts a certain token's log-probability a little above zero.

@@ -44,9 +44,7 @@ def check_tokenizers_agree(
     Raises:
         TokenizerMismatchError: an id stands for different tokens, or the stop tokens differ.
     """
-    tokenizers = {
-        name: load_tokenizer(source) for name, source in (("student", student), ("teacher", teacher))
-    }
+    tokenizers = {name: load_tokenizer(source) for name, source in (("student", student), ("teacher", teacher))}
     student_tokenizer, teacher_tokenizer = tokenizers.values()
     if student_tokenizer is not None and teacher_tokenizer is not None:
         _compare_vocabularies(student_tokenizer, teacher_tokenizer)
@@ -84,9 +82,7 @@ def _tokens_by_id(tokenizer: Any) -> dict[int, str]:
     return {index: token for token, index in tokenizer.get_vocab().items()}
 
 
-def _compare_stop_tokens(
-    student: str | Path, teacher: str | Path, tokenizer: Any | None, allow_mismatch: bool
-) -> None:
+def _compare_stop_tokens(student: str | Path, teacher: str | Path, tokenizer: Any | None, allow_mismatch: bool) -> None:
     student_stops, teacher_stops = _stop_tokens(student), _stop_tokens(teacher)
     if set(student_stops) == set(teacher_stops):
         return

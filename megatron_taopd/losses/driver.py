@@ -129,13 +129,9 @@ class _ChunkedLoss(torch.autograd.Function):
         return total
 
     @staticmethod
-    def backward(
-        ctx: Any, *grads: torch.Tensor
-    ) -> tuple[torch.Tensor | None, torch.Tensor | None, None, None]:
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None, None, None]:
         if ctx.grads is None:
-            raise RuntimeError(
-                "distillation_loss can be differentiated once: its gradients are scaled in place"
-            )
+            raise RuntimeError("distillation_loss can be differentiated once: its gradients are scaled in place")
         grad_hidden, grad_weight = (None if g is None else g.mul_(grads[0]) for g in ctx.grads)
         ctx.grads = None
         return grad_hidden, grad_weight, None, None

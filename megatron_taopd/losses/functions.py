@@ -100,8 +100,7 @@ def sampled_reverse_kl(x: LossInputs) -> RowLosses:
     """
     ids_R1 = x.token_ids_R[:, None]
     log_s, log_t = (
-        gather_ids(logits, ids_R1, vocab_start=x.vocab_start, group=x.group)[:, 0]
-        - log_sum_exp(logits, x.group)
+        gather_ids(logits, ids_R1, vocab_start=x.vocab_start, group=x.group)[:, 0] - log_sum_exp(logits, x.group)
         for logits in (x.student_logits_RV, x.teacher_logits_RV)
     )
     advantage = log_t - x.old_logprobs_R
@@ -161,8 +160,6 @@ def _bucketed_log_probs(x: LossInputs) -> tuple[torch.Tensor, torch.Tensor, torc
             mass_RV.sum(-1, keepdim=True),
             mass_RV.masked_fill(inside_RV, 0.0).sum(-1, keepdim=True),
         ]
-        at_ids, total, tail = sum_over_shards(torch.cat(partial, -1), x.group).split(
-            [ids_RU.shape[-1], 1, 1], dim=-1
-        )
+        at_ids, total, tail = sum_over_shards(torch.cat(partial, -1), x.group).split([ids_RU.shape[-1], 1, 1], dim=-1)
         sides.append(torch.cat([at_ids, tail.clamp_min(tiny).log()], dim=-1) - total.log())
     return sides[0], sides[1], torch.cat([counted_RU, torch.ones_like(counted_RU[:, :1])], dim=-1)

@@ -119,9 +119,7 @@ def _family(raw: dict[str, Any], path: Path) -> str:
     named = _ARCHITECTURES.get(architectures[0]) if architectures else raw.get("model_type")
     if named is None or named not in FAMILIES:
         found = architectures[0] if architectures else raw.get("model_type")
-        raise ModelError(
-            f"{path}: architecture {found!r} is not supported; supported: {', '.join(_ARCHITECTURES)}"
-        )
+        raise ModelError(f"{path}: architecture {found!r} is not supported; supported: {', '.join(_ARCHITECTURES)}")
     return named
 
 
@@ -149,8 +147,7 @@ def _rope(raw: dict[str, Any], path: Path) -> tuple[float, dict[str, Any] | None
     rope_type = parameters.pop("rope_type", None) or old_name or "default"
     if rope_type not in _ROPE_KEYS:
         raise ModelError(
-            f"{path / 'config.json'}: rope type {rope_type!r} is not supported; "
-            f"supported: {', '.join(_ROPE_KEYS)}"
+            f"{path / 'config.json'}: rope type {rope_type!r} is not supported; supported: {', '.join(_ROPE_KEYS)}"
         )
     missing = [key for key in _ROPE_KEYS[rope_type] if key not in parameters]
     if missing:

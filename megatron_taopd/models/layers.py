@@ -89,9 +89,7 @@ class CoreAttention(MegatronModule):
             [S_q, B, A*D].
         """
         if packed_seq_params is not None or attention_bias is not None:
-            raise NotImplementedError(
-                "the local attention has neither packed sequences nor an attention bias"
-            )
+            raise NotImplementedError("the local attention has neither packed sequences nor an attention bias")
         length_q, length_k = query.shape[0], key.shape[0]
         bottom_right = None
         if 1 < length_q < length_k:
@@ -118,9 +116,7 @@ def decoder_spec(
     if use_transformer_engine():
         return _transformer_engine_spec(config, vp_stage, pp_rank)
     num_layers = get_num_layers_to_build(config, vp_stage, pp_rank)
-    return TransformerBlockSubmodules(
-        layer_specs=[_local_layer_spec(config)] * num_layers, layer_norm=RMSNorm
-    )
+    return TransformerBlockSubmodules(layer_specs=[_local_layer_spec(config)] * num_layers, layer_norm=RMSNorm)
 
 
 def _local_layer_spec(config: TransformerConfig) -> ModuleSpec:

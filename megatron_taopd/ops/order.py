@@ -100,13 +100,10 @@ def distributed_quantiles(
     keys, _ = _kth_smallest(pairs, column_of_query, ranks_Q, group)
     values = _float_of_key(keys).tolist()
     flat = [
-        low + (high - low) * fraction
-        for low, high, fraction in zip(values[::2], values[1::2], fractions, strict=True)
+        low + (high - low) * fraction for low, high, fraction in zip(values[::2], values[1::2], fractions, strict=True)
     ]
     per_column = [flat[i : i + len(quantiles)] for i in range(0, len(flat), len(quantiles))]
-    return [
-        row if count else [math.nan] * len(quantiles) for row, count in zip(per_column, counts, strict=True)
-    ]
+    return [row if count else [math.nan] * len(quantiles) for row, count in zip(per_column, counts, strict=True)]
 
 
 def first_n(keys: Sequence[torch.Tensor], n: int, group: Group) -> torch.Tensor:
@@ -133,7 +130,5 @@ def first_n(keys: Sequence[torch.Tensor], n: int, group: Group) -> torch.Tensor:
         open_rows &= key == threshold
         n -= int(before)
     num_open = int(all_reduce_sum(open_rows.sum(), group))
-    assert num_open <= n, (
-        f"{num_open} rows share all keys and {n} of them are wanted: the keys must tell rows apart"
-    )
+    assert num_open <= n, f"{num_open} rows share all keys and {n} of them are wanted: the keys must tell rows apart"
     return taken | open_rows

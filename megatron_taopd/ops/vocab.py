@@ -53,9 +53,7 @@ def gather_local(values_RV: torch.Tensor, ids_RK: torch.Tensor, vocab_start: int
     return values_RV.gather(-1, index.clamp(0, values_RV.shape[-1] - 1)).where(mine, 0.0)
 
 
-def gather_ids(
-    values_RV: torch.Tensor, ids_RK: torch.Tensor, *, vocab_start: int, group: Group
-) -> torch.Tensor:
+def gather_ids(values_RV: torch.Tensor, ids_RK: torch.Tensor, *, vocab_start: int, group: Group) -> torch.Tensor:
     """Values at global ids [R, K]."""
     return sum_over_shards(gather_local(values_RV, ids_RK, vocab_start), group)
 
@@ -75,8 +73,7 @@ def check_support_size(k: int, vocab_size: int) -> None:
     """
     if not 1 <= k <= vocab_size:
         raise ConfigError(
-            f"--support-k {k} must be between 1 and the vocabulary size {vocab_size}; "
-            "16 is the method's default"
+            f"--support-k {k} must be between 1 and the vocabulary size {vocab_size}; 16 is the method's default"
         )
 
 

@@ -38,9 +38,7 @@ class ParallelConfig:
         for name in ("context_parallel_size", "expert_model_parallel_size"):
             value = getattr(self, name)
             if value > 1:
-                raise ConfigError(
-                    f"{_flag(name)} {value} is not yet supported by this version; leave it at 1"
-                )
+                raise ConfigError(f"{_flag(name)} {value} is not yet supported by this version; leave it at 1")
         if self.sequence_parallel and self.tensor_model_parallel_size == 1:
             raise ConfigError(
                 "--sequence-parallel has no effect with --tensor-model-parallel-size 1: "
@@ -50,9 +48,7 @@ class ParallelConfig:
     @property
     def model_parallel_size(self) -> int:
         """Ranks that hold one copy of a model."""
-        return (
-            self.tensor_model_parallel_size * self.pipeline_model_parallel_size * self.context_parallel_size
-        )
+        return self.tensor_model_parallel_size * self.pipeline_model_parallel_size * self.context_parallel_size
 
 
 def _flag(name: str) -> str:

@@ -62,9 +62,7 @@ class RolloutConfig:
         unused = {
             "--top-p": self.top_p,
             "--rollout-batch-size": self.rollout_batch_size,
-            "--num-samples-per-prompt": None
-            if self.num_samples_per_prompt == 1
-            else self.num_samples_per_prompt,
+            "--num-samples-per-prompt": None if self.num_samples_per_prompt == 1 else self.num_samples_per_prompt,
         }
         for flag, value in unused.items():
             if value is not None:

@@ -13,9 +13,7 @@ from megatron_taopd.teachability.hashing import uniform_hash
 _STREAM = 0x726F6C6C6F7574
 
 
-def sampling_numbers(
-    seed: int, step: int, sample_index_B: torch.Tensor, position_B: torch.Tensor
-) -> torch.Tensor:
+def sampling_numbers(seed: int, step: int, sample_index_B: torch.Tensor, position_B: torch.Tensor) -> torch.Tensor:
     """One number in [0, 1) a sample, float64: the same wherever and beside whom it is generated.
 
     Args:

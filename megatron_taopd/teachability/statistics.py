@@ -187,9 +187,7 @@ def _read_logits(
     scale_R2 = offset_R2.exp()
     scratch_RV = torch.empty_like(student_RV)
 
-    def expectation(
-        mass_RV: torch.Tensor, x_RV: torch.Tensor, offset_R: torch.Tensor, side: int
-    ) -> torch.Tensor:
+    def expectation(mass_RV: torch.Tensor, x_RV: torch.Tensor, offset_R: torch.Tensor, side: int) -> torch.Tensor:
         """Sum over this rank's ids of p (x + offset)."""
         product_R = torch.mul(mass_RV, x_RV, out=scratch_RV).sum(-1).double()
         return (scale_R2[:, side] * (product_R + offset_R * denominator_R2[:, side]))[:, None]

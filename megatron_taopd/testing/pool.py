@@ -119,9 +119,7 @@ class WorkerPool:
                 ready = multiprocessing.connection.wait(open_pipes, max(0.0, deadline - time.monotonic()))
                 if not ready:
                     missing = [rank for rank in range(self.world_size) if rank not in answers]
-                    raise TimeoutError(
-                        f"{what} took longer than {timeout:g} s; no answer from ranks {missing}"
-                    )
+                    raise TimeoutError(f"{what} took longer than {timeout:g} s; no answer from ranks {missing}")
                 for pipe in ready:
                     rank = self._pipes.index(pipe)
                     ok, value = self._receive(rank, what)
@@ -182,9 +180,7 @@ def _serve(pipe: Any, rank: int, world_size: int, store_port: int, port: int, ti
     try:
         limit = datetime.timedelta(seconds=timeout)
         store = torch.distributed.TCPStore("127.0.0.1", store_port, is_master=False, timeout=limit)
-        torch.distributed.init_process_group(
-            "gloo", store=store, rank=rank, world_size=world_size, timeout=limit
-        )
+        torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=limit)
         pipe.send_bytes(pickle.dumps((True, None)))
         while payload := pipe.recv_bytes():
             pipe.send_bytes(_answer(payload))

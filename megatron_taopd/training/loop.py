@@ -8,8 +8,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.distributed import (
+    DistributedDataParallel,
+    DistributedDataParallelConfig,
+    finalize_model_grads,
+)
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.pipeline_parallel import get_forward_backward_func
@@ -52,9 +55,7 @@ def local_batch_size(global_batch_size: int, micro_batch_size: int) -> int:
     return global_batch_size // replicas
 
 
-def wrap_student(
-    pair: ModelPair, *, use_distributed_optimizer: bool, bf16: bool
-) -> DistributedDataParallel:
+def wrap_student(pair: ModelPair, *, use_distributed_optimizer: bool, bf16: bool) -> DistributedDataParallel:
     """Megatron's DDP around the student: gradients accumulate in contiguous buffers."""
     return DistributedDataParallel(
         config=pair.student.config,
@@ -91,9 +92,7 @@ class Trainer:
         self.hooks = list(hooks)
         self.state = state or TrainState()
         self.temperature = config.scoring.resolve_temperature(config.rollout.temperature)
-        self.local_batch_size = local_batch_size(
-            config.batch.global_batch_size, config.batch.micro_batch_size
-        )
+        self.local_batch_size = local_batch_size(config.batch.global_batch_size, config.batch.micro_batch_size)
         self.forward_step = DistillationForwardStep(
             pair=pair,
             loss=config.loss,
@@ -139,9 +138,7 @@ class Trainer:
         )
         selection = None
         if scored is not None:
-            selection = select_rows(
-                scored, self.config.selection, seed=self.config.seed, step=step_number
-            )
+            selection = select_rows(scored, self.config.selection, seed=self.config.seed, step=step_number)
         batches = with_targets(micro_batches, scored, selection, self.config.loss)
         scored_at = time.perf_counter()
 

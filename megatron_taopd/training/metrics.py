@@ -89,11 +89,11 @@ def step_metrics(
         "tokens_per_second": (sums["response_tokens"] + sums["prompt_tokens"]) / slowest["time_step"],
         "skipped": float(skipped),
     }
-    for name, value in sums.items():
+    for name, total in sums.items():
         if name.startswith("loss/"):
-            metrics[name.removeprefix("loss/")] = value / max(kept, 1.0)
-    for name, value in summary.items():
-        metrics.setdefault(name, value)
+            metrics[name.removeprefix("loss/")] = total / max(kept, 1.0)
+    for name, figure in summary.items():
+        metrics.setdefault(name, figure)
     return metrics
 
 

@@ -10,7 +10,6 @@ import torch
 
 from megatron_taopd.config import ModelPairConfig, PrecisionConfig, RecomputeConfig
 from megatron_taopd.data.tokenizer import check_tokenizers_agree, load_tokenizer
-from megatron_taopd.errors import ConfigError, ModelError
 from megatron_taopd.models import LoadedModel, load_hf_config, load_model, pad_vocab_size
 from megatron_taopd.ops.head import HeadShard
 from megatron_taopd.platform import distributed
@@ -39,9 +38,7 @@ class ModelPair:
         return self._head(self.teacher)
 
     def _head(self, model: LoadedModel) -> HeadShard:
-        return HeadShard.for_rank(
-            model.module.head_weight(), self.vocab_size, distributed.tensor_parallel_group()
-        )
+        return HeadShard.for_rank(model.module.head_weight(), self.vocab_size, distributed.tensor_parallel_group())
 
 
 def params_dtype(precision: PrecisionConfig) -> torch.dtype:
@@ -73,9 +70,7 @@ def load_pair(
         ConfigError: the layout does not divide a model.
     """
     student_hf, teacher_hf = load_hf_config(models.student), load_hf_config(models.teacher)
-    check_tokenizers_agree(
-        models.student, models.teacher, allow_stop_token_mismatch=models.allow_stop_token_mismatch
-    )
+    check_tokenizers_agree(models.student, models.teacher, allow_stop_token_mismatch=models.allow_stop_token_mismatch)
     tokenizer = load_tokenizer(models.student) or load_tokenizer(models.teacher)
     vocab_size = min(student_hf.vocab_size, teacher_hf.vocab_size)
     if student_hf.vocab_size != teacher_hf.vocab_size:
@@ -85,9 +80,7 @@ def load_pair(
             teacher_hf.vocab_size,
             vocab_size,
         )
-    padded = pad_vocab_size(
-        student_hf.vocab_size, teacher_hf.vocab_size, tp=parallel.tensor_model_parallel_size
-    )
+    padded = pad_vocab_size(student_hf.vocab_size, teacher_hf.vocab_size, tp=parallel.tensor_model_parallel_size)
     overrides = precision_overrides(precision)
     student_overrides = dict(overrides)
     if recompute is not None and recompute.recompute_granularity is not None:

@@ -35,9 +35,7 @@ STATISTIC_COLUMNS = (
 SELECTION_COLUMNS = ("D_norm", "C_norm", "H_norm", "score", "keep")
 
 
-def gather_score_table(
-    scored: ScoredRows, selection: Selection, rollouts: Sequence[Rollout]
-) -> pa.Table | None:
+def gather_score_table(scored: ScoredRows, selection: Selection, rollouts: Sequence[Rollout]) -> pa.Table | None:
     """Collect all replicas' rows, ordered by response and position; last-stage ranks call it together.
 
     Args:
@@ -57,9 +55,7 @@ def gather_score_table(
     group = distributed.data_parallel_group()
     writer = distributed.data_parallel_rank() == 0
     parts: list[dict[str, np.ndarray]] | None = [{}] * group.size() if writer else None
-    torch.distributed.gather_object(
-        local, parts, dst=torch.distributed.get_process_group_ranks(group)[0], group=group
-    )
+    torch.distributed.gather_object(local, parts, dst=torch.distributed.get_process_group_ranks(group)[0], group=group)
     if parts is None or distributed.tensor_parallel_rank() != 0:
         return None
     merged = {name: np.concatenate([part[name] for part in parts]) for name in local}

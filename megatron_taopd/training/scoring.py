@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -73,14 +73,13 @@ def score_micro_batches(
         teacher_hidden = forward_hidden(
             pair.teacher.module,
             group,
-            lambda micro_batch, hidden_SBH: _rows(
-                micro_batch, hidden_SBH, pair.teacher.config.sequence_parallel
-            ),
+            lambda micro_batch, hidden_SBH: _rows(micro_batch, hidden_SBH, pair.teacher.config.sequence_parallel),
         )
-        waiting = iter(teacher_hidden)
 
         def statistics(
-            micro_batch: MicroBatch, hidden_SBH: torch.Tensor, waiting=waiting
+            micro_batch: MicroBatch,
+            hidden_SBH: torch.Tensor,
+            waiting: Iterator[torch.Tensor] = iter(teacher_hidden),
         ) -> TokenStatistics:
             return token_statistics(
                 _rows(micro_batch, hidden_SBH, pair.student.config.sequence_parallel),

@@ -20,9 +20,7 @@ from megatron_taopd.training.pair import ModelPair
 class ResponseSource(Protocol):
     """Responses of a step for this data-parallel replica."""
 
-    def responses(
-        self, *, consumed_samples: int, global_batch_size: int, step: int
-    ) -> list[Rollout]:
+    def responses(self, *, consumed_samples: int, global_batch_size: int, step: int) -> list[Rollout]:
         """This replica's contiguous share of the global batch; the same on all ranks of the replica."""
 
 
@@ -41,9 +39,7 @@ class GeneratedResponses:
         self.engine = engine
         self.samples_per_prompt = samples_per_prompt
 
-    def responses(
-        self, *, consumed_samples: int, global_batch_size: int, step: int
-    ) -> list[Rollout]:
+    def responses(self, *, consumed_samples: int, global_batch_size: int, step: int) -> list[Rollout]:
         n = self.samples_per_prompt
         batch = self.prompts.batch(consumed_samples // n, global_batch_size // n)
         samples: list[Prompt] = [prompt for prompt in batch for _ in range(n)]
@@ -57,9 +53,7 @@ class RecordedResponses:
     def __init__(self, rollouts: Sequence[Rollout]) -> None:
         self.rollouts = rollouts
 
-    def responses(
-        self, *, consumed_samples: int, global_batch_size: int, step: int
-    ) -> list[Rollout]:
+    def responses(self, *, consumed_samples: int, global_batch_size: int, step: int) -> list[Rollout]:
         place = replica_slice(global_batch_size)
         indices = range(consumed_samples + place.start, consumed_samples + place.stop)
         return [self.rollouts[i % len(self.rollouts)] for i in indices]
@@ -85,6 +79,7 @@ def open_source(config: TrainConfig, pair: ModelPair) -> ResponseSource:
     """
     rollout = config.rollout
     if rollout.rollout_engine == "file":
+        assert rollout.rollout_data is not None, "RolloutConfig requires it for the file engine"
         return RecordedResponses(
             read_rollouts(
                 rollout.rollout_data,

@@ -51,9 +51,7 @@ def with_targets(
     keeps = selection.keep.split(scored.rows_per_micro_batch)
     student_logprobs = scored.statistics.student_logprob.split(scored.rows_per_micro_batch)
     result = []
-    for i, (micro_batch, keep, student_logprob) in enumerate(
-        zip(micro_batches, keeps, student_logprobs, strict=True)
-    ):
+    for i, (micro_batch, keep, student_logprob) in enumerate(zip(micro_batches, keeps, student_logprobs, strict=True)):
         recorded = micro_batch.rollout_logprobs_R
         old_logprobs = student_logprob if recorded is None else recorded
         targets = KeptTargets(
@@ -90,9 +88,10 @@ class DistillationForwardStep:
         return hidden_SBH, partial(self.loss_func, batch.targets)
 
     def loss_func(
-        self, targets: KeptTargets, hidden_SBH: torch.Tensor
+        self, targets: KeptTargets | None, hidden_SBH: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
         """Loss of the kept rows of one micro-batch; called on the last stage."""
+        assert targets is not None, "last-stage ranks have targets"
         student_hidden_KH = gather_rows(
             hidden_SBH,
             targets.row_index_K,

@@ -182,9 +182,7 @@ def _weights_only(model: Path, directory: Path) -> tuple[str, bool]:
     run.steps(0, 1)
     save_checkpoint(directory, iteration=1, module=run.module, hf_source=model)
     teacher = load_model(directory, parallel, params_dtype=torch.bfloat16, trainable=False).module
-    same = all(
-        torch.equal(value, run.weights()[name].bfloat16()) for name, value in teacher.named_parameters()
-    )
+    same = all(torch.equal(value, run.weights()[name].bfloat16()) for name, value in teacher.named_parameters())
     try:
         run.load(directory)
     except CheckpointError as error:

@@ -41,9 +41,7 @@ def _there_and_back(paths: dict[str, str], layout: str, out: str, max_shard_byte
 
 
 def _tensors(path: Path) -> dict[str, torch.Tensor]:
-    return {
-        name: value for file in sorted(path.glob("*.safetensors")) for name, value in load_file(file).items()
-    }
+    return {name: value for file in sorted(path.glob("*.safetensors")) for name, value in load_file(file).items()}
 
 
 @pytest.mark.parametrize("layout", harness.LAYOUTS)

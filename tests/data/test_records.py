@@ -30,9 +30,7 @@ def test_round_trip(tmp_path: Path) -> None:
             response="sieben",
             extra={"answer": 7, "meta": {"k": [1]}},
         ),
-        Rollout(
-            id="b", prompt_tokens=[5], response_tokens=[7], response_logprobs=[-1.0], finish_reason="length"
-        ),
+        Rollout(id="b", prompt_tokens=[5], response_tokens=[7], response_logprobs=[-1.0], finish_reason="length"),
     ]
     path = tmp_path / "deep" / "r.jsonl"
     write_rollouts(path, rollouts)

@@ -71,9 +71,7 @@ def test_prompts_differ_and_come_out_the_same_twice(prepare: ModuleType, tmp_pat
     for name, num_train in (("a", 20), ("b", 30)):
         (tmp_path / name).mkdir()
         prepare.write_prompts(tmp_path / name, num_train, 5, seed=3)
-        texts.append(
-            [(tmp_path / name / f"{part}_prompts.jsonl").read_text() for part in ("heldout", "train")]
-        )
+        texts.append([(tmp_path / name / f"{part}_prompts.jsonl").read_text() for part in ("heldout", "train")])
     assert texts[0][0] == texts[1][0] and texts[1][1].startswith(texts[0][1])
     lines = [json.loads(line) for text in texts[1] for line in text.splitlines()]
     assert len({line["messages"][0]["content"] for line in lines}) == len(lines) == 35

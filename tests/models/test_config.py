@@ -56,9 +56,7 @@ def test_rope_parameters_and_stop_tokens_of_a_newer_file(tmp_path):
         "high_freq_factor": 4.0,
         "original_max_position_embeddings": 8192,
     }
-    raw = {key: value for key, value in LLAMA.items() if not key.startswith("rope")} | {
-        "rope_parameters": rope
-    }
+    raw = {key: value for key, value in LLAMA.items() if not key.startswith("rope")} | {"rope_parameters": rope}
     hf = load_hf_config(_write(tmp_path, raw, {"eos_token_id": [2, 7]}))
     assert hf.rope_theta == 500000.0
     assert hf.rope_scaling == {key: value for key, value in rope.items() if key != "rope_theta"}

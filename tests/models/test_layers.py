@@ -75,9 +75,7 @@ def test_norm_value_and_gradient():
     norm = RMSNorm(config, 8, eps=1e-3)
     with torch.no_grad():
         norm.weight.copy_(torch.arange(1, 9, dtype=torch.float64))
-    hidden = torch.randn(
-        5, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64, requires_grad=True
-    )
+    hidden = torch.randn(5, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64, requires_grad=True)
     expected = hidden / (hidden.pow(2).mean(-1, keepdim=True) + 1e-3).sqrt() * norm.weight
     torch.testing.assert_close(norm(hidden), expected)
     inputs = (hidden, norm.weight)

@@ -40,9 +40,7 @@ def expected(models: dict[str, Path]) -> dict[str, torch.Tensor]:
 
 def _all_logits(paths: dict[str, str], layout: str) -> dict[str, torch.Tensor] | None:
     parallel = harness.start(layout)
-    found = {
-        name: harness.forward_logits(harness.load(path, parallel), TOKENS) for name, path in paths.items()
-    }
+    found = {name: harness.forward_logits(harness.load(path, parallel), TOKENS) for name, path in paths.items()}
     return found if all(value is not None for value in found.values()) else None
 
 

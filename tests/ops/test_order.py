@@ -102,6 +102,4 @@ def test_keys_sort_as_the_values_do() -> None:
     keys = ascending_key(torch.tensor(values, dtype=torch.float64))
     assert keys[4] == keys[5]
     assert (keys[1:] - keys[:-1] > 0).tolist() == [True] * 4 + [False] + [True] * 4
-    assert torch.equal(
-        descending_key(torch.tensor(values)).argsort(), (~ascending_key(torch.tensor(values))).argsort()
-    )
+    assert torch.equal(descending_key(torch.tensor(values)).argsort(), (~ascending_key(torch.tensor(values))).argsort())

@@ -51,7 +51,10 @@ def rollouts_of(root: Path, loss: str) -> Path:
 def gradients(root: Path) -> dict[str, tuple[dict[str, torch.Tensor], float]]:
     """Case -> (HF parameter name -> gradient, loss)."""
     models = {
-        name: (reference.load_float64(root / name / "student"), reference.load_float64(root / name / "teacher"))
+        name: (
+            reference.load_float64(root / name / "student"),
+            reference.load_float64(root / name / "teacher"),
+        )
         for name in PAIRS
     }
     result = {}

@@ -82,7 +82,11 @@ def test_score_equals_brute_force(pool, pairs: Path, expected: dict[str, list[di
         for column in COLUMNS:
             wanted = np.array([row[column] for row in rows])
             np.testing.assert_allclose(
-                np.array(table[column]), wanted, rtol=1e-3, atol=1e-6, err_msg=f"{case} {layout.name} {column}"
+                np.array(table[column]),
+                wanted,
+                rtol=1e-3,
+                atol=1e-6,
+                err_msg=f"{case} {layout.name} {column}",
             )
         if case.endswith("exact"):
             assert table["keep"] == reference.teachability_keep(rows, KEEP_RATIO), f"{case} {layout.name}"

@@ -101,9 +101,7 @@ def _layouts() -> list[tuple[int, ...]]:
                 int(distributed.is_last_stage()),
             )
         )
-    with pytest.raises(
-        ConfigError, match="4 ranks cannot hold whole models of --tensor-model-parallel-size 3"
-    ):
+    with pytest.raises(ConfigError, match="4 ranks cannot hold whole models of --tensor-model-parallel-size 3"):
         distributed.initialize(ParallelConfig(tensor_model_parallel_size=3), seed=1)
     return found
 

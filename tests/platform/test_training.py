@@ -21,8 +21,7 @@ MODELS = {"qwen3-tied": ("qwen3", True), "qwen2-untied": ("qwen2", False)}
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     root = tmp_path_factory.mktemp("training")
     return {
-        name: str(save_tiny_hf_model(root / name, family, tied=tied, seed=4))
-        for name, (family, tied) in MODELS.items()
+        name: str(save_tiny_hf_model(root / name, family, tied=tied, seed=4)) for name, (family, tied) in MODELS.items()
     }
 
 
@@ -64,9 +63,7 @@ def test_one_sgd_step_moves_every_tensor_by_its_gradient(pool, models, tmp_path)
             assert all(abs(rank[name] / norm - 1) < 1e-4 for rank in norms), (layout, name)
 
 
-def _losses(
-    path: str, layout: str, dtype: str, steps: int, distributed_optimizer: bool
-) -> list[float] | None:
+def _losses(path: str, layout: str, dtype: str, steps: int, distributed_optimizer: bool) -> list[float] | None:
     parallel = harness.start(layout)
     loaded = harness.load(path, parallel, trainable=True, params_dtype=getattr(torch, dtype))
     ddp, optimizer = training.prepare(

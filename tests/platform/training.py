@@ -41,9 +41,7 @@ def prepare(
     loaded.config.finalize_model_grads_func = finalize_model_grads
     ddp = DistributedDataParallel(
         loaded.config,
-        DistributedDataParallelConfig(
-            grad_reduce_in_fp32=True, use_distributed_optimizer=distributed_optimizer
-        ),
+        DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=distributed_optimizer),
         loaded.module,
     )
     bf16 = loaded.config.params_dtype == torch.bfloat16

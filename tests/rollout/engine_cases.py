@@ -187,9 +187,7 @@ def sample_names(path: str) -> dict[str, Any]:
     config = RolloutConfig(max_response_length=4, num_samples_per_prompt=3, rollout_batch_size=4)
     progress: list[tuple[int, int]] = []
     engine = MegatronEngine(student, config, seed=1, progress=lambda *counts: progress.append(counts))
-    prompts = [
-        Prompt(id=name, tokens=tokens) for name, tokens in (("a", [9]), ("b", [9, 10])) for _ in range(3)
-    ]
+    prompts = [Prompt(id=name, tokens=tokens) for name, tokens in (("a", [9]), ("b", [9, 10])) for _ in range(3)]
     rollouts = engine.generate(prompts[2:], step=0, sample_offset=2)
     return {
         "rollouts": [asdict(r) for r in rollouts],

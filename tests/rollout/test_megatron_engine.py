@@ -80,9 +80,7 @@ def tokens(rollouts: list[dict[str, Any]]) -> list[list[int]]:
 
 @pytest.fixture(scope="module")
 def at_one_rank(students: dict[str, tuple[str, list[int]]], pool: Pool) -> dict[str, Any]:
-    return {
-        name: merged(pool(1).run(cases.generation_case, path, "TP1")) for name, (path, _) in students.items()
-    }
+    return {name: merged(pool(1).run(cases.generation_case, path, "TP1")) for name, (path, _) in students.items()}
 
 
 @pytest.mark.parametrize("name", KINDS)
@@ -100,9 +98,7 @@ def test_against_transformers(
         options, _ = RUNS.get(run, (cases.SAMPLED, 3))
         vocab = cases.COMMON_VOCAB if run == "part of the vocabulary" else VOCAB
         assert [tuple(r["prompt_tokens"]) for r in rollouts] == [tuple(p) for p in PROMPTS]
-        assert [(r["id"], r["extra"]) for r in rollouts] == [
-            (f"p{i}", {"row": i}) for i in range(len(PROMPTS))
-        ]
+        assert [(r["id"], r["extra"]) for r in rollouts] == [(f"p{i}", {"row": i}) for i in range(len(PROMPTS))]
         for r in rollouts:
             response = r["response_tokens"]
             assert max(response) < vocab
@@ -112,9 +108,7 @@ def test_against_transformers(
             else:
                 assert response[-1] not in stop_tokens and len(response) == MAX_RESPONSE
             wanted_logprobs = reference_logprobs(path, r, options["temperature"] or 1.0, vocab)
-            torch.testing.assert_close(
-                torch.tensor(r["response_logprobs"]), wanted_logprobs, atol=1e-4, rtol=0
-            )
+            torch.testing.assert_close(torch.tensor(r["response_logprobs"]), wanted_logprobs, atol=1e-4, rtol=0)
 
 
 def test_what_the_samples_depend_on(at_one_rank: dict[str, Any]) -> None:
@@ -169,9 +163,7 @@ def test_refusals(students: dict[str, tuple[str, list[int]]], pool: Pool, layout
         assert "'sick'" in sick and "not finite" in sick
 
 
-def test_names_text_and_progress(
-    students: dict[str, tuple[str, list[int]]], pool: Pool, tmp_path: Path
-) -> None:
+def test_names_text_and_progress(students: dict[str, tuple[str, list[int]]], pool: Pool, tmp_path: Path) -> None:
     save_tiny_hf_model(tmp_path, "llama", vocab_size=VOCAB, hidden_size=16, num_layers=1, ffn_size=16)
     save_word_tokenizer(tmp_path, [f"w{i}" for i in range(VOCAB - len(SPECIAL))])
     (result,) = pool(1).run(cases.sample_names, str(tmp_path))

@@ -14,9 +14,7 @@ LOGITS = torch.cat([PROBS.log(), torch.tensor([50.0, 50.0])])  # two ids of padd
 
 def shares(temperature: float, top_p: float | None = None, n: int = 20_000) -> torch.Tensor:
     numbers = (torch.arange(n, dtype=torch.float64) + 0.5) / n
-    tokens, _ = choose_tokens(
-        LOGITS.expand(n, -1), numbers, vocab_size=5, temperature=temperature, top_p=top_p
-    )
+    tokens, _ = choose_tokens(LOGITS.expand(n, -1), numbers, vocab_size=5, temperature=temperature, top_p=top_p)
     return torch.bincount(tokens, minlength=7) / n
 
 
@@ -44,9 +42,7 @@ def test_logprobs_are_of_the_whole_real_vocabulary() -> None:
     logits = torch.randn(64, 300) * 3
     numbers = torch.rand(64, dtype=torch.float64)
     for temperature, top_p in ((1.0, None), (0.7, None), (1.3, 0.5), (0.0, None)):
-        tokens, logprobs = choose_tokens(
-            logits, numbers, vocab_size=257, temperature=temperature, top_p=top_p
-        )
+        tokens, logprobs = choose_tokens(logits, numbers, vocab_size=257, temperature=temperature, top_p=top_p)
         wanted = (logits[:, :257].double() / (temperature or 1.0)).log_softmax(-1)
         torch.testing.assert_close(logprobs, wanted.gather(1, tokens[:, None])[:, 0].float())
         assert logprobs.dtype == torch.float32 and int(tokens.max()) < 257

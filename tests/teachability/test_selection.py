@@ -304,9 +304,7 @@ def test_low_share_and_threshold_are_told() -> None:
     ).summary
     assert (summary["low_C_share"], summary["low_D_share"], summary["teacher_top5_share"]) == (0.5, 0.5, 0.5)
     assert (summary["num_budget"], summary["num_kept"], summary["keep_ratio"]) == (2.0, 2.0, 0.5)
-    assert summary["threshold"] == pytest.approx(
-        (3.0 - summary["D_q05"]) / (summary["D_q95"] - summary["D_q05"])
-    )
+    assert summary["threshold"] == pytest.approx((3.0 - summary["D_q05"]) / (summary["D_q95"] - summary["D_q05"]))
 
 
 @pytest.mark.parametrize(

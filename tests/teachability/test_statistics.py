@@ -41,8 +41,7 @@ def compute(problem: Problem, chunk_rows: int = 3, **options) -> dict[str, torch
 def expected(problem: Problem, k: int, temperature: float, mode: str) -> dict[str, torch.Tensor]:
     student, teacher = problem.logits(temperature)
     rows = [
-        statistics_row(s, t, int(token), k, mode)
-        for s, t, token in zip(student, teacher, problem.tokens, strict=True)
+        statistics_row(s, t, int(token), k, mode) for s, t, token in zip(student, teacher, problem.tokens, strict=True)
     ]
     columns = {name: [row[name] for row in rows] for name in NAMES}
     return {
@@ -73,9 +72,7 @@ def all_cases(dtype: torch.dtype) -> dict[tuple[str, str], dict[str, torch.Tenso
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 4])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 2e-5)])
-def test_equal_brute_force(
-    pool: Callable[[int], WorkerPool], ranks: int, dtype: torch.dtype, tolerance: float
-) -> None:
+def test_equal_brute_force(pool: Callable[[int], WorkerPool], ranks: int, dtype: torch.dtype, tolerance: float) -> None:
     per_rank = pool(ranks).run(all_cases, dtype)
     for name, (rows, vocab, padded, k, temperature, ties) in CASES.items():
         for mode in ("exact", "upstream"):

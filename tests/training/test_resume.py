@@ -106,13 +106,15 @@ def resume_elsewhere(root: Path, source: str, out: str, flags: tuple[str, ...]) 
 
 def test_checkpoint_resumes_at_another_layout(pool, root: Path) -> None:
     """Saved at DP2 with the distributed optimizer, resumed at TP2·PP2: the same continuation up to rounding."""
-    flags = ("--tensor-model-parallel-size=2", "--pipeline-model-parallel-size=2", "--use-distributed-optimizer")
+    flags = (
+        "--tensor-model-parallel-size=2",
+        "--pipeline-model-parallel-size=2",
+        "--use-distributed-optimizer",
+    )
     if not (root / "dp2-distopt").exists():
         pool(2).run(straight_and_resumed, root, "dp2-distopt")
     (root / "first" / "checkpoints").mkdir(parents=True)
-    pool(2).run(
-        train, root, "first", 4, LAYOUTS["dp2-distopt"][1], f"--save={root / 'first' / 'checkpoints'}"
-    )
+    pool(2).run(train, root, "first", 4, LAYOUTS["dp2-distopt"][1], f"--save={root / 'first' / 'checkpoints'}")
     pool(4).run(resume_elsewhere, root, "first", "elsewhere", flags)
     straight, moved = metrics_of(root, "dp2-distopt-straight"), metrics_of(root, "elsewhere")
     assert [row["iteration"] for row in moved] == [5, 6, 7, 8]

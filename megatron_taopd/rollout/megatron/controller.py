@@ -36,9 +36,7 @@ class ModelWrapper(GPTInferenceWrapper):
         with torch.inference_mode(False), torch.no_grad():
             return super()._forward(inference_input)
 
-    def run_one_forward_step(
-        self, inference_input: dict[str, Any], *args: Any, **kwargs: Any
-    ) -> torch.Tensor:
+    def run_one_forward_step(self, inference_input: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
         """Logits [B, 1, vocabulary] on the last pipeline stage; a stand-in [B, 1, 1] on the others."""
         logits = super().run_one_forward_step(inference_input, *args, **kwargs)
         if logits is None:

@@ -120,9 +120,7 @@ class MegatronEngine:
                 f"{self.student.hf.path}; lower that or --max-prompt-length"
             )
 
-    def _rollout(
-        self, prompt: Prompt, sample_index: int, tokens: list[int], logprobs: list[float]
-    ) -> Rollout:
+    def _rollout(self, prompt: Prompt, sample_index: int, tokens: list[int], logprobs: list[float]) -> Rollout:
         if not all(map(math.isfinite, logprobs)):
             raise ModelError(
                 f"the student's logits are not finite at prompt {prompt.id!r}: its weights are broken or "

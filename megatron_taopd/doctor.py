@@ -1,0 +1,185 @@
+"""What this machine has, and what the project will use of it. Nothing missing is an error here."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import os
+import platform as python_platform
+from dataclasses import dataclass, field
+
+from megatron_taopd import __version__
+
+PACKAGES = {
+    "torch": "torch",
+    "megatron-core": "megatron.core",
+    "transformers": "transformers",
+    "safetensors": "safetensors",
+    "transformer-engine": "transformer_engine",
+    "nemo-run": "nemo_run",
+}
+# Oldest CUDA compute capability whose tensor cores multiply fp8 numbers: Ada; Hopper is 9.0, Blackwell 10.0.
+FP8_CAPABILITY = (8, 9)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gpu:
+    """One CUDA device."""
+
+    name: str
+    capability: tuple[int, int]
+    memory_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Machine:
+    """What was found."""
+
+    python: str
+    versions: dict[str, str | None]
+    """Package -> version; None where it is not installed."""
+    apex: str | None
+    """``nvidia``, ``unrelated`` (the PyPI project of that name) or None."""
+    gpus: list[Gpu] = field(default_factory=list)
+    backends: list[str] = field(default_factory=list)
+    """``torch.distributed`` backends that this torch was built with."""
+    cpu_cores: int = 1
+    cpu_threads: int = 1
+    """Threads that torch uses for one operation."""
+
+    @property
+    def has_transformer_engine(self) -> bool:
+        """Installed, and a CUDA device is there to run it."""
+        return self.versions.get("transformer-engine") is not None and bool(self.gpus)
+
+
+def inspect_machine() -> Machine:
+    """Look around without importing Megatron or Transformer Engine."""
+    import torch
+    import torch.distributed as dist
+
+    gpus = []
+    if torch.cuda.is_available():
+        for index in range(torch.cuda.device_count()):
+            found = torch.cuda.get_device_properties(index)
+            gpus.append(Gpu(name=found.name, capability=(found.major, found.minor), memory_bytes=found.total_memory))
+    backends = []
+    if dist.is_available():
+        known = {"gloo": dist.is_gloo_available, "nccl": dist.is_nccl_available, "mpi": dist.is_mpi_available}
+        backends = [name for name, available in known.items() if available()]
+    return Machine(
+        python=python_platform.python_version(),
+        versions={name: _version(name, module) for name, module in PACKAGES.items()},
+        apex=_which_apex(),
+        gpus=gpus,
+        backends=backends,
+        cpu_cores=_usable_cores(),
+        cpu_threads=torch.get_num_threads(),
+    )
+
+
+def _version(package: str, module: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "unknown version" if _importable(module) else None
+
+
+def _importable(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except (ImportError, ValueError):
+        return False
+
+
+def _which_apex() -> str | None:
+    """NVIDIA's Apex has ``apex.optimizers``; the web toolkit of the same name on PyPI has not."""
+    if not _importable("apex"):
+        return None
+    return "nvidia" if _importable("apex.optimizers") else "unrelated"
+
+
+def _usable_cores() -> int:
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def what_is_used(machine: Machine) -> list[str]:
+    """In plain words, what a run here will use and what it cannot."""
+    lines = []
+    if machine.gpus:
+        lines.append(f"ranks: one a GPU, up to {len(machine.gpus)} on this machine, talking over nccl")
+    else:
+        lines.append(
+            f"ranks: CPU processes talking over gloo ({machine.cpu_cores} cores); megatron-core runs through the CPU "
+            "adaptor, for development and small models"
+        )
+    if machine.has_transformer_engine:
+        lines.append("layers: Transformer Engine")
+        lines.append("attention: Transformer Engine")
+        lines.append("optimizer: fused Adam of Transformer Engine")
+    else:
+        lines.append("layers: megatron-core's local layers with our RMSNorm (sequence parallelism works)")
+        lines.append("attention: torch scaled_dot_product_attention")
+        fused = machine.apex == "nvidia" and bool(machine.gpus)
+        lines.append(f"optimizer: {'fused Adam of Apex' if fused else 'torch AdamW'}")
+    lines.append(f"fp8: {fp8_verdict(machine)}")
+    if machine.gpus:
+        oldest = min(gpu.capability for gpu in machine.gpus)
+        lines.append(f"bf16: {'yes' if oldest >= (8, 0) else 'slow, no bf16 tensor cores before Ampere'}")
+    else:
+        lines.append("bf16: yes, but on a CPU it saves memory, hardly time")
+    return lines
+
+
+def fp8_verdict(machine: Machine) -> str:
+    """Whether --fp8-format can be used, and if not, why."""
+    if not machine.gpus:
+        return "not possible, no CUDA device"
+    unable = [gpu for gpu in machine.gpus if gpu.capability < FP8_CAPABILITY]
+    if unable:
+        major, minor = unable[0].capability
+        return f"not possible, {unable[0].name} has compute capability {major}.{minor} and 8.9 is needed"
+    if not machine.has_transformer_engine:
+        return "the GPUs can, but Transformer Engine is missing; install the 'te' extra"
+    return "possible"
+
+
+def warnings(machine: Machine) -> list[str]:
+    """What will go wrong, or slowly, and what to do."""
+    lines = []
+    if machine.versions.get("megatron-core") is None:
+        lines.append("megatron-core is not installed: pip install megatron-core")
+    if machine.apex == "unrelated":
+        lines.append(
+            "the installed package 'apex' is an unrelated PyPI project that megatron-core takes for NVIDIA's: "
+            "pip uninstall apex"
+        )
+    if machine.versions.get("transformer-engine") is not None and not machine.gpus:
+        lines.append("Transformer Engine is installed but there is no CUDA device: it is not used")
+    if machine.gpus and "nccl" not in machine.backends:
+        lines.append("this torch has no nccl: several GPUs cannot work together")
+    if not machine.gpus and machine.cpu_threads > 1:
+        lines.append("several ranks on one CPU are fastest with OMP_NUM_THREADS=1")
+    return lines
+
+
+def report(machine: Machine | None = None) -> str:
+    """The text of ``taopd doctor``."""
+    machine = machine or inspect_machine()
+    found = [f"megatron_taopd {__version__}, Python {machine.python}", "", "Found"]
+    found += [f"  {name:<20} {version or '-'}" for name, version in machine.versions.items()]
+    apex = {"nvidia": "NVIDIA's", "unrelated": "an unrelated package of that name", None: "-"}[machine.apex]
+    found.append(f"  {'apex':<20} {apex}")
+    if not machine.gpus:
+        found.append(f"  {'GPUs':<20} -")
+    for index, gpu in enumerate(machine.gpus):
+        major, minor = gpu.capability
+        size = gpu.memory_bytes / 2**30
+        found.append(f"  {f'GPU {index}':<20} {gpu.name}, compute capability {major}.{minor}, {size:.0f} GiB")
+    found.append(f"  {'CPU':<20} {machine.cpu_cores} cores, torch uses {machine.cpu_threads} threads")
+    found.append(f"  {'backends':<20} {', '.join(machine.backends) or '-'}")
+    used = ["", "What will be used", *(f"  {line}" for line in what_is_used(machine))]
+    told = [f"  {line}" for line in warnings(machine)]
+    return "\n".join([*found, *used, *(["", "Worth knowing", *told] if told else [])])

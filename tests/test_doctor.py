@@ -1,0 +1,70 @@
+"""The doctor says what is there and draws the right conclusions from it."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_taopd.doctor import Gpu, Machine, fp8_verdict, inspect_machine, report, what_is_used
+
+CPU = Machine(python="3.11", versions={"megatron-core": "0.16.1", "transformer-engine": None}, apex=None)
+HOPPER = Gpu(name="H100", capability=(9, 0), memory_bytes=80 * 2**30)
+AMPERE = Gpu(name="A100", capability=(8, 0), memory_bytes=80 * 2**30)
+WITH_TE = {"megatron-core": "0.16.1", "transformer-engine": "2.9"}
+
+
+def test_this_machine() -> None:
+    text = report()
+    assert f"torch                {torch.__version__}" in text
+    assert f"megatron-core        {version('megatron-core')}" in text
+    assert "gloo" in text
+    if not torch.cuda.is_available():
+        assert "fp8: not possible, no CUDA device" in text
+
+
+@pytest.mark.parametrize(
+    ("gpus", "versions", "expected"),
+    [
+        ([], WITH_TE, "no CUDA device"),
+        ([AMPERE], WITH_TE, "A100 has compute capability 8.0"),
+        ([HOPPER, AMPERE], WITH_TE, "A100"),
+        ([HOPPER], CPU.versions, "Transformer Engine is missing"),
+        ([HOPPER], WITH_TE, "possible"),
+    ],
+)
+def test_fp8(gpus: list[Gpu], versions: dict[str, str | None], expected: str) -> None:
+    verdict = fp8_verdict(replace(CPU, gpus=gpus, versions=versions))
+    assert expected in verdict
+    assert (verdict == "possible") == (expected == "possible")
+
+
+def test_layers_follow_transformer_engine_and_cuda() -> None:
+    assert "layers: Transformer Engine" in what_is_used(replace(CPU, gpus=[HOPPER], versions=WITH_TE))
+    for machine in (CPU, replace(CPU, gpus=[HOPPER]), replace(CPU, versions=WITH_TE)):
+        assert any("local layers" in line for line in what_is_used(machine))
+
+
+def test_an_empty_machine_is_no_error() -> None:
+    text = report(Machine(python="3.10", versions={}, apex=None))
+    assert "megatron-core is not installed" in text
+
+
+@pytest.mark.parametrize("kind", ["unrelated", "nvidia"])
+def test_apex_is_told_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    package = tmp_path / "apex"
+    package.mkdir()
+    (package / "__init__.py").touch()
+    if kind == "nvidia":
+        (package / "optimizers.py").touch()
+    for name in [name for name in sys.modules if name.split(".")[0] == "apex"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    machine = inspect_machine()
+    monkeypatch.delitem(sys.modules, "apex", raising=False)
+    assert machine.apex == kind
+    assert ("pip uninstall apex" in report(machine)) == (kind == "unrelated")
