@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -68,6 +69,22 @@ def score_micro_batches(
     group_size = group_size or len(micro_batches)
     parts: list[TokenStatistics] = []
     kept_hidden: list[torch.Tensor] = []
+
+    def statistics(
+        teacher_rows: Iterator[torch.Tensor], micro_batch: MicroBatch, hidden_SBH: torch.Tensor
+    ) -> TokenStatistics:
+        return token_statistics(
+            _rows(micro_batch, hidden_SBH, pair.student.config.sequence_parallel),
+            next(teacher_rows),
+            micro_batch.token_ids_R,
+            pair.student_head(),
+            pair.teacher_head(),
+            k=config.support_k,
+            temperature=temperature,
+            support_mode=config.support_mode,
+            logits_chunk_bytes=logits_chunk_bytes,
+        )
+
     for start in range(0, len(micro_batches), group_size):
         group = micro_batches[start : start + group_size]
         teacher_hidden = forward_hidden(
@@ -75,25 +92,7 @@ def score_micro_batches(
             group,
             lambda micro_batch, hidden_SBH: _rows(micro_batch, hidden_SBH, pair.teacher.config.sequence_parallel),
         )
-
-        def statistics(
-            micro_batch: MicroBatch,
-            hidden_SBH: torch.Tensor,
-            waiting: Iterator[torch.Tensor] = iter(teacher_hidden),
-        ) -> TokenStatistics:
-            return token_statistics(
-                _rows(micro_batch, hidden_SBH, pair.student.config.sequence_parallel),
-                next(waiting),
-                micro_batch.token_ids_R,
-                pair.student_head(),
-                pair.teacher_head(),
-                k=config.support_k,
-                temperature=temperature,
-                support_mode=config.support_mode,
-                logits_chunk_bytes=logits_chunk_bytes,
-            )
-
-        parts += forward_hidden(student_module, group, statistics)
+        parts += forward_hidden(student_module, group, partial(statistics, iter(teacher_hidden)))
         if keep_teacher_hidden:
             kept_hidden += teacher_hidden
         if progress is not None:
