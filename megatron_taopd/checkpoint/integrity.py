@@ -53,7 +53,7 @@ def read_index(path: Path) -> Any:
     Raises:
         CheckpointError: a file is missing, shorter than the index says, or not what it should be.
     """
-    for name in ("metadata.json", "common.pt", ".metadata"):
+    for name in ("metadata.json", ".metadata"):
         if not (path / name).is_file():
             raise CheckpointError(f"checkpoint {path} is incomplete: no {name}; use an earlier iteration")
     try:
@@ -61,6 +61,10 @@ def read_index(path: Path) -> Any:
             index = _IndexUnpickler(stream).load()
     except (pickle.UnpicklingError, EOFError, AttributeError, ImportError, IndexError, ValueError) as error:
         raise CheckpointError(f"checkpoint {path} cannot be used: .metadata: {error}") from error
+    # Newer releases of megatron-core keep the common state in the shards, under this key.
+    in_shards = any(key.startswith("common_state") for key in index.state_dict_metadata)
+    if not in_shards and not (path / "common.pt").is_file():
+        raise CheckpointError(f"checkpoint {path} is incomplete: no common.pt; use an earlier iteration")
     needed: dict[str, int] = {}
     for info in index.storage_data.values():
         needed[info.relative_path] = max(needed.get(info.relative_path, 0), info.offset + info.length)
