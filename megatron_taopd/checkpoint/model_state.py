@@ -7,22 +7,23 @@ from typing import Any
 
 import torch
 from megatron.core.dist_checkpointing.mapping import ShardedObject
+from megatron.core.transformer.module import MegatronModule
 
 from megatron_taopd.checkpoint.optimizer_state import METADATA
 
 
-def unwrap(module: torch.nn.Module | Sequence[torch.nn.Module]) -> list[torch.nn.Module]:
+def unwrap(module: torch.nn.Module | Sequence[torch.nn.Module]) -> list[MegatronModule]:
     """The models inside DDP and precision wrappers, one a pipeline chunk."""
-    chunks = []
+    chunks: list[MegatronModule] = []
     chunk: Any
     for chunk in [module] if isinstance(module, torch.nn.Module) else module:
-        while isinstance(getattr(chunk, "module", None), torch.nn.Module):
-            chunk = chunk.module
+        while isinstance(inner := getattr(chunk, "module", None), torch.nn.Module):
+            chunk = inner
         chunks.append(chunk)
     return chunks
 
 
-def chunk_names(chunks: Sequence[torch.nn.Module]) -> list[str]:
+def chunk_names(chunks: Sequence[MegatronModule]) -> list[str]:
     """Megatron's keys: ``model``, or ``model0``, ``model1``, … with several chunks a rank."""
     return ["model"] if len(chunks) == 1 else [f"model{index}" for index in range(len(chunks))]
 
@@ -50,7 +51,7 @@ def _kept(entry: Any, stored_objects: set[str] | None) -> bool:
     return entry.data is not None
 
 
-def load_weights(chunks: Sequence[torch.nn.Module], state: dict[str, Any]) -> None:
+def load_weights(chunks: Sequence[MegatronModule], state: dict[str, Any]) -> None:
     """Put loaded weights into the models.
 
     Raises:
@@ -63,6 +64,6 @@ def load_weights(chunks: Sequence[torch.nn.Module], state: dict[str, Any]) -> No
             raise RuntimeError(f"weights not loaded: {missing}; not known to the model: {unexpected}")
 
 
-def real_vocab_size(chunks: Sequence[torch.nn.Module]) -> int | None:
+def real_vocab_size(chunks: Sequence[MegatronModule]) -> int | None:
     """Vocabulary without padding, where the model knows it."""
     return getattr(chunks[0], "real_vocab_size", None)

@@ -35,7 +35,7 @@ def save_random_state(path: Path) -> None:
     name, keys, position, has_gauss, cached_gaussian = numpy_state
     states: dict[str, Any] = {
         "python": random.getstate(),
-        "numpy": (name, torch.from_numpy(keys.astype("int64")), position, has_gauss, cached_gaussian),
+        "numpy": (name, torch.from_numpy(numpy.asarray(keys, dtype="int64")), position, has_gauss, cached_gaussian),
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
         "tracker": dict(get_cuda_rng_tracker().get_states()),
