@@ -68,6 +68,7 @@ def plot(metrics: list[dict], before: float, after: float, path: Path) -> None:
     left.legend()
     bars = right.bar(["before", "after"], [before, after], color=["tab:gray", "tab:green"])
     right.bar_label(bars, fmt="%.3f")
+    right.margins(y=0.12)
     right.set(title="held-out, same contexts", ylabel="KL(teacher ‖ student), nats a token")
     figure.tight_layout()
     figure.savefig(path, dpi=120)
