@@ -14,6 +14,9 @@ from megatron_taopd.ops.collectives import Group, group_rank
 
 DEFAULT_LOGITS_CHUNK_BYTES = 256 * 2**20
 
+# torch.mm multiplies bf16 into fp32 from this version on, and on CUDA alone; elsewhere operands are cast first.
+_HAS_OUT_DTYPE = tuple(int(n) for n in torch.__version__.split(".")[:2]) >= (2, 8)
+
 
 @dataclass(frozen=True)
 class HeadShard:
@@ -83,6 +86,6 @@ def _matmul(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """Product accumulated and returned in fp32, or in fp64 for fp64 operands."""
     if a.dtype == b.dtype and a.dtype in (torch.float32, torch.float64):
         return a @ b
-    if a.is_cuda and a.dtype == b.dtype:
+    if _HAS_OUT_DTYPE and a.is_cuda and a.dtype == b.dtype:
         return torch.mm(a, b, out_dtype=torch.float32)
     return a.float() @ b.float()
