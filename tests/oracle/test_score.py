@@ -91,5 +91,7 @@ def test_score_equals_brute_force(pool, pairs: Path, expected: dict[str, list[di
         if case.endswith("exact"):
             assert table["keep"] == reference.teachability_keep(rows, KEEP_RATIO), f"{case} {layout.name}"
         else:
+            if not (pairs / f"TP1-2-{case}.parquet").exists():
+                pool(1).run(score_all, pairs, LAYOUTS[0], 2)
             first = pq.read_table(pairs / f"TP1-2-{case}.parquet").to_pydict()
             assert table["keep"] == first["keep"]
