@@ -7,15 +7,16 @@ make it usable as a model directory.
 
 from megatron_taopd import platform
 
-platform.enable()
+if not platform.has_cuda():  # Before the modules below import Megatron.
+    platform.enable()
 
-from megatron_taopd.checkpoint.layout import (  # noqa: E402
+from megatron_taopd.checkpoint.layout import (
     hf_files_dir,
     is_megatron_checkpoint,
     read_latest_iteration,
 )
-from megatron_taopd.checkpoint.loading import LoadedState, load_checkpoint, load_model_weights  # noqa: E402
-from megatron_taopd.checkpoint.saving import save_checkpoint  # noqa: E402
+from megatron_taopd.checkpoint.loading import LoadedState, load_checkpoint, load_model_weights
+from megatron_taopd.checkpoint.saving import save_checkpoint
 
 __all__ = [
     "LoadedState",
