@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import random
 import types
@@ -46,8 +47,7 @@ def initialize(config: ParallelConfig, *, seed: int) -> None:
             f"{config.pipeline_model_parallel_size} = {config.model_parallel_size} ranks each; start a "
             f"multiple of {config.model_parallel_size} ranks (torchrun --nproc-per-node) or change the layout"
         )
-    if _parallel_state().model_parallel_is_initialized():
-        _parallel_state().destroy_model_parallel()
+    _leave_model_parallel_groups()
     _parallel_state().initialize_model_parallel(
         tensor_model_parallel_size=config.tensor_model_parallel_size,
         pipeline_model_parallel_size=config.pipeline_model_parallel_size,
@@ -69,6 +69,18 @@ def _start_process_group(timeout: timedelta) -> None:
         dist.init_process_group(backend(), store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
 
 
+def _leave_model_parallel_groups() -> None:
+    """Forget the layout and close its groups. Megatron only forgets them, and each gloo group keeps a thread."""
+    state = _parallel_state()
+    if not state.model_parallel_is_initialized():
+        return
+    for group in state._global_process_group_list or []:
+        if group is not None:  # None stands for all ranks, whose group stays
+            dist.destroy_process_group(group)
+    state.destroy_model_parallel()
+    gc.collect()  # modules of the last layout hold groups in reference cycles
+
+
 def seed_all(seed: int) -> None:
     """Seed Python, NumPy, torch and Megatron's tracker. ``seed`` must be the same on all ranks."""
     from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
@@ -83,8 +95,7 @@ def seed_all(seed: int) -> None:
 def shutdown() -> None:
     """Leave the model-parallel groups, and ``torch.distributed`` where :func:`initialize` started it."""
     global _started_here
-    if _parallel_state().model_parallel_is_initialized():
-        _parallel_state().destroy_model_parallel()
+    _leave_model_parallel_groups()
     if _started_here and dist.is_initialized():
         dist.destroy_process_group()
     _started_here = False
