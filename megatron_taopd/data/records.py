@@ -8,10 +8,13 @@ import os
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from megatron_taopd.data import jsonl
 from megatron_taopd.errors import DataError
+
+if TYPE_CHECKING:
+    import torch
 
 FinishReason = Literal["stop", "length"]
 
@@ -35,6 +38,10 @@ class Rollout:
     """Text of the response, for people."""
     extra: dict[str, Any] = field(default_factory=dict)
     """Other keys of the line, kept as they are."""
+    hidden_TH: torch.Tensor | None = field(default=None, compare=False, repr=False)
+    """[response tokens, H] in the model's dtype: the student's final hidden state, after the final norm, that predicted
+    each response token. On last-pipeline-stage ranks of an engine that was asked for it, replicated over
+    tensor-parallel ranks; never written."""
 
 
 def read_rollouts(

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from megatron_taopd.data.records import Rollout, read_rollouts, write_rollouts
 from megatron_taopd.errors import DataError
@@ -38,6 +39,13 @@ def test_round_trip(tmp_path: Path) -> None:
     assert list(path.parent.iterdir()) == [path]
     line = json.loads(path.read_text().splitlines()[1])
     assert set(line) == {"id", "prompt_tokens", "response_tokens", "response_logprobs", "finish_reason"}
+
+
+def test_hidden_states_are_neither_written_nor_compared(tmp_path: Path) -> None:
+    bare = Rollout(id="a", prompt_tokens=[5], response_tokens=[7, 2])
+    with_hidden = Rollout(id="a", prompt_tokens=[5], response_tokens=[7, 2], hidden_TH=torch.ones(2, 3))
+    write_rollouts(tmp_path / "r.jsonl", [with_hidden])
+    assert with_hidden == bare and read_rollouts(tmp_path / "r.jsonl") == [bare]
 
 
 def test_token_ids_alone_are_enough(tmp_path: Path) -> None:
