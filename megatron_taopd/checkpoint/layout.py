@@ -10,6 +10,8 @@ from pathlib import Path
 from megatron_taopd.errors import CheckpointError
 
 TRACKER = "latest_checkpointed_iteration.txt"
+RELEASE = "release"
+"""In the tracker and as directory name: weights that no training run here produced, such as converted ones."""
 HF_FILES = "hf"
 RANDOM_STATES = "rng"
 RUN_CONFIG = "run_config.json"
@@ -17,6 +19,7 @@ RUN_CONFIG = "run_config.json"
 # Of a Hugging Face directory everything is kept beside the checkpoint but weights and code.
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".index.json")
 _CODE_SUFFIXES = (".py", ".pyc", ".so")
+_NAME = re.compile(rf"iter_\d{{7,}}|{RELEASE}")
 
 
 def iteration_name(iteration: int) -> str:
@@ -25,22 +28,34 @@ def iteration_name(iteration: int) -> str:
 
 
 def read_latest_iteration(directory: str | Path) -> int | None:
-    """Iteration of the newest complete checkpoint; None where there is no checkpoint yet.
+    """Iteration of the newest complete checkpoint, 0 for a release; None where there is no checkpoint yet.
 
     Raises:
-        CheckpointError: the tracker file does not hold a number.
+        CheckpointError: the tracker file does not hold a number or ``release``.
     """
+    name = _latest_name(directory)
+    return None if name is None else _iteration_of(name)
+
+
+def _latest_name(directory: str | Path) -> str | None:
+    """Directory name of the newest complete checkpoint."""
     tracker = Path(directory) / TRACKER
     try:
         text = tracker.read_text().strip()
     except (FileNotFoundError, NotADirectoryError):
         return None
+    if text == RELEASE:
+        return RELEASE
     if not text.isdecimal():
         raise CheckpointError(
             f"{tracker} holds {text[:40]!r} instead of an iteration number; write the number of one of these "
             f"there: {_found(directory)}"
         )
-    return int(text)
+    return iteration_name(int(text))
+
+
+def _iteration_of(name: str) -> int:
+    return 0 if name == RELEASE else int(name.removeprefix("iter_"))
 
 
 def write_latest_iteration(directory: Path, iteration: int) -> None:
@@ -57,7 +72,7 @@ def find_iteration(directory: str | Path, iteration: int | None = None) -> tuple
     """Directory and number of a checkpoint.
 
     Args:
-        directory: the checkpoint directory, or one ``iter_*`` directory itself.
+        directory: the checkpoint directory, or one ``iter_*`` or ``release`` directory itself.
         iteration: None takes the newest.
 
     Raises:
@@ -66,30 +81,30 @@ def find_iteration(directory: str | Path, iteration: int | None = None) -> tuple
     directory = Path(directory)
     if not directory.is_dir():
         raise CheckpointError(f"checkpoint directory {directory} does not exist")
-    own = re.fullmatch(r"iter_(\d{7,})", directory.name)
-    if own and not (directory / TRACKER).exists():
-        if iteration not in (None, int(own.group(1))):
+    if _NAME.fullmatch(directory.name) and not (directory / TRACKER).exists():
+        own = _iteration_of(directory.name)
+        if iteration not in (None, own):
             raise CheckpointError(f"{directory} is not iteration {iteration}; give its parent directory")
-        return directory, int(own.group(1))
-    if iteration is None:
-        iteration = read_latest_iteration(directory)
-        if iteration is None:
-            raise CheckpointError(f"{directory} holds no checkpoint: {TRACKER} is missing (found: {_found(directory)})")
-    path = directory / iteration_name(iteration)
+        return directory, own
+    name = _latest_name(directory) if iteration is None else iteration_name(iteration)
+    if name is None:
+        raise CheckpointError(f"{directory} holds no checkpoint: {TRACKER} is missing (found: {_found(directory)})")
+    path = directory / name
     if not path.is_dir():
         raise CheckpointError(
             f"{directory} has no {path.name} (found: {_found(directory)}); write the number of one that "
             f"exists to {TRACKER}, or remove the directory to start anew"
         )
-    return path, iteration
+    return path, _iteration_of(name)
 
 
 def is_megatron_checkpoint(directory: str | Path) -> bool:
-    """Whether this is a checkpoint directory, or one ``iter_*`` directory of it."""
+    """Whether this is a checkpoint directory, or one ``iter_*`` or ``release`` directory of it."""
     directory = Path(directory)
-    return (directory / TRACKER).is_file() or (
-        directory.name.startswith("iter_") and (directory / "metadata.json").is_file()
+    inner = _NAME.fullmatch(directory.name) and (
+        (directory / "metadata.json").is_file() or (directory / HF_FILES).is_dir()
     )
+    return bool(inner) or (directory / TRACKER).is_file()
 
 
 def hf_files_dir(directory: str | Path, iteration: int | None = None) -> Path:
@@ -127,5 +142,5 @@ def copy_hf_files(source: str | Path, target: Path) -> None:
 
 
 def _found(directory: str | Path) -> str:
-    names = sorted(path.name for path in Path(directory).glob("iter_*") if path.is_dir())
+    names = sorted(path.name for path in Path(directory).glob("*") if path.is_dir() and _NAME.fullmatch(path.name))
     return ", ".join(names) or "no iter_* directories"

@@ -4,15 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from megatron_taopd.checkpoint.layout import hf_files_dir, is_megatron_checkpoint
 from megatron_taopd.errors import ModelError
 
-_TRACKER = "latest_checkpointed_iteration.txt"
-
-
-def is_megatron_checkpoint(source: str | Path) -> bool:
-    """Whether ``source`` is the root of a Megatron checkpoint or one of its ``iter_*`` directories."""
-    source = Path(source)
-    return (source / _TRACKER).is_file() or (source.name.startswith("iter_") and (source / "hf").is_dir())
+__all__ = ["hf_directory", "is_megatron_checkpoint"]
 
 
 def hf_directory(source: str | Path) -> Path:
@@ -20,10 +15,11 @@ def hf_directory(source: str | Path) -> Path:
 
     Args:
         source: an HF directory; the root of a Megatron checkpoint, whose newest iteration is meant; or one
-            of its ``iter_*`` directories. The latter two keep HF files under ``hf/``.
+            of its ``iter_*`` or ``release`` directories. The latter two keep HF files under ``hf/``.
 
     Raises:
         ModelError: there is nothing of the kind.
+        CheckpointError: a Megatron checkpoint without HF files, or whose tracker file is of no use.
     """
     source = Path(source)
     if (source / "config.json").is_file():
@@ -33,14 +29,6 @@ def hf_directory(source: str | Path) -> Path:
             f"model {str(source)!r} is not a directory here; give the path of a downloaded HF model "
             "or of a Megatron checkpoint"
         )
-    iteration = source
-    if (source / _TRACKER).is_file():
-        tracked = (source / _TRACKER).read_text(encoding="utf-8").strip()
-        if not tracked.isdigit():
-            raise ModelError(f"{source / _TRACKER} should hold an iteration number, not {tracked!r}")
-        iteration = source / f"iter_{int(tracked):07d}"
-    if (iteration / "hf" / "config.json").is_file():
-        return iteration / "hf"
-    raise ModelError(
-        f"{iteration} has neither config.json (an HF directory) nor hf/config.json (a Megatron checkpoint)"
-    )
+    if not is_megatron_checkpoint(source):
+        raise ModelError(f"{source} has neither config.json (an HF directory) nor a Megatron checkpoint's tracker file")
+    return hf_files_dir(source)
