@@ -8,15 +8,14 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import partial
 
 import torch
 
 from megatron_taopd.ops.collectives import Group, all_reduce_sum, group_size
-from megatron_taopd.ops.order import descending_key, distributed_quantiles, first_n
-from megatron_taopd.registry import resolve
+from megatron_taopd.ops.order import distributed_quantiles, first_n
 from megatron_taopd.teachability.config import SelectionConfig
-from megatron_taopd.teachability.scores import HIGH, LOW, normalise
-from megatron_taopd.teachability.selectors import SELECTORS, Ranking, ScoredPositions
+from megatron_taopd.teachability.ranking import RankedRows, place_in_sample, rank_rows
 from megatron_taopd.teachability.statistics import TokenStatistics
 
 __all__ = ["Selection", "SelectionConfig", "select"]
@@ -70,63 +69,57 @@ def select(
         group: ranks that hold different rows; None means that all rows are here.
         seed, step: of the ``random`` selector.
     """
-    entropy = statistics.H if config.entropy_support == "full" else statistics.H_topk
-    raw = {"D": statistics.D, "C": statistics.C, "H": entropy}
-    bounds = dict(zip(raw, distributed_quantiles(list(raw.values()), (LOW, HIGH), group), strict=True))
-    norm = {name: normalise(values, *bounds[name]) for name, values in raw.items()}
-    ranking: Ranking = resolve("selector", config.selector, SELECTORS)(
-        ScoredPositions(
-            statistics=statistics,
-            D_norm=norm["D"],
-            C_norm=norm["C"],
-            C_scale=_mass(statistics.C) if config.compatibility_scale == "raw" else norm["C"],
-            H_norm=norm["H"],
-            H_raw=entropy,
-            sample_index=sample_index_R,
-            position=position_R,
-            upstream=config.support_mode == "upstream",
-            seed=seed,
-            step=step,
-            normalise=lambda x: normalise(x, *distributed_quantiles([x], (LOW, HIGH), group)[0]),
-            median=lambda x: distributed_quantiles([x], (0.5,), group)[0][0],
-        )
+    rows = rank_rows(
+        statistics,
+        sample_index_R=sample_index_R,
+        position_R=position_R,
+        config=config,
+        quantiles=partial(distributed_quantiles, group=group),
+        seed=seed,
+        step=step,
     )
     num_valid = int(all_reduce_sum(torch.tensor(len(statistics), device=statistics.D.device), group))
     budget = keep_budget(config.resolved_keep_ratio, num_valid)
-    keys = _order_keys(ranking, sample_index_R, position_R, upstream=config.support_mode == "upstream")
-    within_budget = first_n(keys, budget, group)
-    keep = within_budget | (_place_in_sample(keys, sample_index_R) < config.resolved_min_keep)
+    within_budget = first_n(rows.order_keys, budget, group)
+    keep = within_budget | (place_in_sample(rows.order_keys, sample_index_R) < config.resolved_min_keep)
+    return Selection(
+        D_norm=rows.D_norm,
+        C_norm=rows.C_norm,
+        H_norm=rows.H_norm,
+        score=rows.score,
+        keep=keep,
+        summary={
+            "num_budget": float(budget),
+            "threshold": lowest(rows.score[within_budget], group),
+            **summarise(statistics, rows, keep, group),
+        },
+    )
 
+
+def summarise(statistics: TokenStatistics, rows: RankedRows, keep: torch.Tensor, group: Group) -> dict[str, float]:
+    """Figures of the whole batch, the same on every rank: counts, the bounds in use, and shares that tell when scores
+    mean little."""
     counts = torch.stack(
         [
+            torch.tensor(keep.numel(), device=keep.device),
             keep.sum(),
             (statistics.C < LOW_COMPATIBILITY).sum(),
             (statistics.D < LOW_DIVERGENCE).sum(),
             (statistics.rank_in_teacher < TEACHER_TOP).sum(),
         ]
     )
-    num_kept, low_c, low_d, in_top = all_reduce_sum(counts, group).tolist()
+    num_valid, num_kept, low_c, low_d, in_top = all_reduce_sum(counts, group).tolist()
     valid = max(num_valid, 1)
-    summary = {
+    return {
         "num_valid": float(num_valid),
-        "num_budget": float(budget),
         "num_kept": float(num_kept),
         "keep_ratio": num_kept / valid,
-        "threshold": _threshold(ranking.score, within_budget, group),
-        **{f"{name}_q05": low for name, (low, _) in bounds.items()},
-        **{f"{name}_q95": high for name, (_, high) in bounds.items()},
+        **{f"{name}_q05": low for name, (low, _) in rows.bounds.items()},
+        **{f"{name}_q95": high for name, (_, high) in rows.bounds.items()},
         "low_C_share": low_c / valid,
         "low_D_share": low_d / valid,
         "teacher_top5_share": in_top / valid,
     }
-    return Selection(
-        D_norm=norm["D"],
-        C_norm=norm["C"],
-        H_norm=norm["H"],
-        score=ranking.score.double(),
-        keep=keep,
-        summary=summary,
-    )
 
 
 def keep_budget(keep_ratio: float, num_valid: int) -> int:
@@ -134,38 +127,10 @@ def keep_budget(keep_ratio: float, num_valid: int) -> int:
     return math.ceil(Fraction(repr(float(keep_ratio))) * num_valid)
 
 
-def _mass(c: torch.Tensor) -> torch.Tensor:
-    return c.double().where(c.isfinite(), 0.0)
-
-
-def _order_keys(
-    ranking: Ranking, sample_index_R: torch.Tensor, position_R: torch.Tensor, *, upstream: bool
-) -> list[torch.Tensor]:
-    """int64 keys, most important first, lower is better."""
-    score = descending_key(ranking.score)
-    if upstream:
-        return [score, position_R, sample_index_R]
-    if ranking.lead is None:
-        return [score, sample_index_R, position_R]
-    lead = ranking.lead.double()
-    lead = lead.where(lead.isfinite(), -torch.inf)
-    return [score, descending_key(lead), sample_index_R, position_R]
-
-
-def _place_in_sample(keys: list[torch.Tensor], sample_index_R: torch.Tensor) -> torch.Tensor:
-    """Each row's place from 0 among the rows of its own response, best first."""
-    order = torch.arange(sample_index_R.numel(), device=sample_index_R.device)
-    for key in [*reversed(keys), sample_index_R]:
-        order = order[key[order].argsort(stable=True)]
-    ordered = sample_index_R[order]
-    place = torch.arange(ordered.numel(), device=ordered.device) - torch.searchsorted(ordered, ordered)
-    return torch.empty_like(place).scatter_(0, order, place)
-
-
-def _threshold(score: torch.Tensor, within_budget: torch.Tensor, group: Group) -> float:
-    """Lowest score within the budget on any rank; NaN without rows."""
-    lowest = torch.full((1,), torch.inf, dtype=torch.float64, device=score.device)
-    lowest = torch.cat([lowest, score.double()[within_budget]]).amin()
+def lowest(values: torch.Tensor, group: Group) -> float:
+    """Lowest value on any rank; NaN where there is none."""
+    least = torch.full((1,), torch.inf, dtype=torch.float64, device=values.device)
+    least = torch.cat([least, values.double()]).amin()
     if group_size(group) > 1:
-        torch.distributed.all_reduce(lowest, op=torch.distributed.ReduceOp.MIN, group=group)
-    return float(lowest) if math.isfinite(lowest) else math.nan
+        torch.distributed.all_reduce(least, op=torch.distributed.ReduceOp.MIN, group=group)
+    return float(least) if math.isfinite(least) else math.nan
