@@ -11,8 +11,11 @@ from dataclasses import dataclass
 import torch
 
 from megatron_taopd.ops.collectives import Group, group_rank
+from megatron_taopd.ops.tiles import slices
 
 DEFAULT_LOGITS_CHUNK_BYTES = 256 * 2**20
+
+_CAST_ROWS = 4096
 
 # torch.mm multiplies bf16 into fp32 from this version on, and on CUDA alone; elsewhere operands are cast first.
 _HAS_OUT_DTYPE = tuple(int(n) for n in torch.__version__.split(".")[:2]) >= (2, 8)
@@ -45,26 +48,52 @@ class HeadShard:
         """[V, H], detached."""
         return self.weight.detach()[: self.num_valid]
 
-    def logits(self, hidden_RH: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
-        """Logits [R, V] of this shard over the temperature, without autograd, in fp32 (fp64 for fp64
-        weights)."""
-        logits_RV = _matmul(hidden_RH.detach(), self.valid_weight().t())
-        return logits_RV if temperature == 1.0 else logits_RV.div_(temperature)
+    @property
+    def logits_dtype(self) -> torch.dtype:
+        """fp32, or fp64 for fp64 weights."""
+        return torch.float64 if self.weight.dtype == torch.float64 else torch.float32
+
+    def logits(
+        self,
+        hidden_RH: torch.Tensor,
+        temperature: float = 1.0,
+        *,
+        columns: slice = slice(None),
+        out: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Logits [R, V] of this shard over the temperature, without autograd, as :attr:`logits_dtype`.
+
+        Args:
+            columns: the ids wanted, counted from the shard's first.
+            out: filled and returned.
+        """
+        weight_VH = self.valid_weight()[columns]
+        if out is None:
+            out = hidden_RH.new_empty(hidden_RH.shape[0], weight_VH.shape[0], dtype=self.logits_dtype)
+        for part in _parts(weight_VH):
+            _matmul(hidden_RH.detach(), weight_VH[part].t(), out=out[:, part])
+        return out if temperature == 1.0 else out.div_(temperature)
 
     def hidden_gradient(self, grad_logits_RV: torch.Tensor) -> torch.Tensor:
         """[R, H] behind :meth:`logits`, partial over the shards: the sum over the group is the gradient."""
-        return _matmul(grad_logits_RV.to(self.weight.dtype), self.valid_weight())
+        weight_VH = self.valid_weight()
+        parts = [_matmul(grad_logits_RV[:, part].to(weight_VH.dtype), weight_VH[part]) for part in _parts(weight_VH)]
+        if not parts:
+            return grad_logits_RV.new_zeros(grad_logits_RV.shape[0], weight_VH.shape[1])
+        return parts[0] if len(parts) == 1 else torch.stack(parts).sum(0)
 
     def add_weight_gradient(
         self, total_VH: torch.Tensor, grad_logits_RV: torch.Tensor, hidden_RH: torch.Tensor
     ) -> None:
         """Add the weight gradient of :meth:`logits` to ``total_VH`` (rows of padding included) in place."""
-        grad_VR = grad_logits_RV.to(self.weight.dtype).t()
         own_VH = total_VH[: self.num_valid]
-        if grad_VR.dtype == hidden_RH.dtype == total_VH.dtype:
-            own_VH.addmm_(grad_VR, hidden_RH.detach())
-        else:
-            own_VH += _matmul(grad_VR, hidden_RH.detach())
+        hidden_RH = hidden_RH.detach()
+        for part in _parts(self.valid_weight()):
+            grad_VR = grad_logits_RV[:, part].to(self.weight.dtype).t()
+            if grad_VR.dtype == hidden_RH.dtype == total_VH.dtype:
+                own_VH[part].addmm_(grad_VR, hidden_RH)
+            else:
+                own_VH[part] += _matmul(grad_VR, hidden_RH)
 
     def chunks(self, num_rows: int, logits_chunk_bytes: int) -> Iterator[slice]:
         """Row slices whose fp32 logits fill at most ``logits_chunk_bytes``; one empty slice without rows.
@@ -82,10 +111,18 @@ class HeadShard:
         assert mine == theirs, f"head shards differ (start, real size, rows): {mine} against {theirs}"
 
 
-def _matmul(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+def _parts(weight_VH: torch.Tensor) -> Iterator[slice]:
+    """Rows of the head that are multiplied at once: all, or few where they have to be cast to fp32 first."""
+    num_ids = weight_VH.shape[0]
+    casts = weight_VH.dtype not in (torch.float32, torch.float64) and not (_HAS_OUT_DTYPE and weight_VH.is_cuda)
+    return slices(num_ids, _CAST_ROWS if casts else max(num_ids, 1))
+
+
+def _matmul(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
     """Product accumulated and returned in fp32, or in fp64 for fp64 operands."""
-    if a.dtype == b.dtype and a.dtype in (torch.float32, torch.float64):
-        return a @ b
-    if _HAS_OUT_DTYPE and a.is_cuda and a.dtype == b.dtype:
-        return torch.mm(a, b, out_dtype=torch.float32)
-    return a.float() @ b.float()
+    if a.dtype != b.dtype or a.dtype not in (torch.float32, torch.float64):
+        if _HAS_OUT_DTYPE and a.is_cuda and a.dtype == b.dtype:
+            product = torch.mm(a, b, out_dtype=torch.float32)
+            return product if out is None else out.copy_(product)
+        a, b = a.float(), b.float()
+    return torch.mm(a, b, out=out)

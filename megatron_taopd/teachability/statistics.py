@@ -1,9 +1,7 @@
 """Token statistics of student and teacher at every row, from final hidden states and both LM heads.
 
-Shapes: R rows, H hidden size (each model its own), V ids of this rank, K support, U = 2K union slots, P
-ranks. The [rows, vocabulary] matrix exists for one chunk at a time. A chunk costs two collectives: an
-all-gather of top-K candidates and softmax partials, and a SUM all-reduce of cross-gathered logits and
-full-vocabulary sums.
+Shapes: R rows, H hidden size (each model its own), K support, U = 2K union slots. The [rows, vocabulary]
+matrix never exists: ``teachability.reading`` goes through it in tiles, with one all-gather a chunk of rows.
 """
 
 from __future__ import annotations
@@ -11,14 +9,24 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import torch
 
 from megatron_taopd.errors import ConfigError, DataError
-from megatron_taopd.ops.collectives import all_gather, all_reduce_sum
 from megatron_taopd.ops.head import DEFAULT_LOGITS_CHUNK_BYTES, HeadShard
-from megatron_taopd.ops.vocab import check_support_size, gather_local, local_max, local_top_k, merge_top_k
+from megatron_taopd.ops.tiles import TilePlan
+from megatron_taopd.ops.vocab import check_support_size
+from megatron_taopd.teachability.reading import LogitReader, Reading, bytes_per_row
+
+__all__ = [
+    "SupportMode",
+    "TokenStatistics",
+    "bytes_per_row",
+    "check_token_ids",
+    "concat_statistics",
+    "token_statistics",
+]
 
 SupportMode = Literal["exact", "upstream"]
 
@@ -99,7 +107,7 @@ def token_statistics(
         k: size of the top-K supports.
         temperature: divides the logits of both models.
         support_mode: ``exact``, or ``upstream`` for D and C as the released code sees them.
-        logits_chunk_bytes: memory for one chunk of one model's fp32 logits.
+        logits_chunk_bytes: memory for one tile of one model's fp32 logits: two exist at once (five on GPUs).
 
     Raises:
         ConfigError: K is larger than the vocabulary, or the temperature is not positive.
@@ -110,13 +118,13 @@ def token_statistics(
     if not temperature > 0:
         raise ConfigError(f"temperature {temperature} must be positive: logits are divided by it")
     check_token_ids(token_ids_R, student_head.vocab_size)
+    num_rows = token_ids_R.numel()
+    plan = TilePlan.within(logits_chunk_bytes, num_rows=num_rows, num_ids=student_head.weight.shape[0])
+    reader = LogitReader(student_head, teacher_head, plan, k=k, temperature=temperature)
     parts = []
-    for rows in student_head.chunks(token_ids_R.numel(), logits_chunk_bytes):
-        student_RV = student_head.logits(student_hidden_RH[rows], temperature)
-        teacher_RV = teacher_head.logits(teacher_hidden_RH[rows], temperature)
-        reading = _read_logits(student_RV, teacher_RV, token_ids_R[rows], student_head, k)
-        parts.append(_to_statistics(reading, token_ids_R[rows], support_mode, student_RV.dtype))
-        del student_RV, teacher_RV  # before the next chunk asks for as much again
+    for rows in plan.row_slices(num_rows):
+        reading = reader.read(student_hidden_RH[rows], teacher_hidden_RH[rows], token_ids_R[rows])
+        parts.append(_to_statistics(reading, token_ids_R[rows], support_mode, reader.dtype))
     return concat_statistics(parts)
 
 
@@ -133,86 +141,8 @@ def check_token_ids(token_ids_R: torch.Tensor, vocab_size: int) -> None:
         )
 
 
-class _Reading(NamedTuple):
-    """What both logit matrices tell of each row, replicated, in float64 [R] or [R, K]; ids best first."""
-
-    ids_s_RK: torch.Tensor
-    ids_t_RK: torch.Tensor
-    logp_s_on_s: torch.Tensor
-    logp_t_on_t: torch.Tensor
-    logp_t_on_s: torch.Tensor
-    logp_s_on_t: torch.Tensor
-    token_s: torch.Tensor
-    token_t: torch.Tensor
-    h_s: torch.Tensor
-    h_t: torch.Tensor
-    kl_reverse: torch.Tensor
-    kl_forward: torch.Tensor
-
-
-def _read_logits(
-    student_RV: torch.Tensor, teacher_RV: torch.Tensor, token_ids_R: torch.Tensor, head: HeadShard, k: int
-) -> _Reading:
-    """Two collectives and the only passes over [R, V]. Overwrites the logits."""
-    start, group = head.vocab_start, head.group
-    models = (student_RV, teacher_RV)
-
-    # Everything a rank knows alone: K candidates and a partial softmax denominator for each model. Logits are
-    # shifted in place, because every pass over a chunk and every buffer of its size counts.
-    candidates = [part for logits_RV in models for part in local_top_k(logits_RV, k, start)]
-    maximum_R2 = torch.stack([local_max(x) for x in models], dim=-1).nan_to_num(neginf=0.0)
-    for logits_RV, maximum_R in zip(models, maximum_R2.unbind(-1), strict=True):
-        logits_RV.sub_(maximum_R[:, None])
-    mass_s_RV, mass_t_RV = (logits_RV.exp() for logits_RV in models)
-    denominator_R2 = torch.stack([mass_s_RV.sum(-1), mass_t_RV.sum(-1)], dim=-1)
-    columns = [*candidates, maximum_R2, denominator_R2]
-    # float64 holds fp32 logits and ids exactly, which makes it one collective.
-    gathered_PRC = all_gather(torch.cat([c.double() for c in columns], dim=-1), group)
-    values_s, ids_s, values_t, ids_t, maximum, denominator = gathered_PRC.split([k, k, k, k, 2, 2], dim=-1)
-    lse_R2 = (maximum + denominator.log()).logsumexp(0)
-    lse_s, lse_t = lse_R2.unbind(-1)
-    top_s_RK, ids_s_RK = merge_top_k(_side_by_side(values_s), _side_by_side(ids_s).long(), k)
-    top_t_RK, ids_t_RK = merge_top_k(_side_by_side(values_t), _side_by_side(ids_t).long(), k)
-
-    # What needs the softmax of all, or the other model's ids: sums over shards, 0 where an id is elsewhere.
-    offset_R2 = maximum_R2.double() - lse_R2  # a shifted logit plus this is a log-probability
-    offset_s, offset_t = offset_R2.unbind(-1)
-    token_R1 = token_ids_R[:, None]
-    sums = [
-        _log_probs_here(teacher_RV, offset_t, ids_s_RK, start),
-        _log_probs_here(student_RV, offset_s, ids_t_RK, start),
-        _log_probs_here(student_RV, offset_s, token_R1, start),
-        _log_probs_here(teacher_RV, offset_t, token_R1, start),
-    ]
-    scale_R2 = offset_R2.exp()
-    scratch_RV = torch.empty_like(student_RV)
-
-    def expectation(mass_RV: torch.Tensor, x_RV: torch.Tensor, offset_R: torch.Tensor, side: int) -> torch.Tensor:
-        """Sum over this rank's ids of p (x + offset)."""
-        product_R = torch.mul(mass_RV, x_RV, out=scratch_RV).sum(-1).double()
-        return (scale_R2[:, side] * (product_R + offset_R * denominator_R2[:, side]))[:, None]
-
-    sums.append(-expectation(mass_s_RV, student_RV, offset_s, 0))
-    sums.append(-expectation(mass_t_RV, teacher_RV, offset_t, 1))
-    # log p_s - log p_t up to an offset: a difference of logits, which is near exact where the models agree.
-    ratio_RV, offset_R = student_RV.sub_(teacher_RV), offset_s - offset_t
-    sums.append(expectation(mass_s_RV, ratio_RV, offset_R, 0))
-    sums.append(-expectation(mass_t_RV, ratio_RV, offset_R, 1))
-    totals = all_reduce_sum(torch.cat(sums, dim=-1), group)
-    logp_t_on_s, logp_s_on_t, singles = totals.split([k, k, 6], dim=-1)
-    return _Reading(
-        ids_s_RK,
-        ids_t_RK,
-        top_s_RK - lse_s[:, None],
-        top_t_RK - lse_t[:, None],
-        logp_t_on_s,
-        logp_s_on_t,
-        *singles.unbind(-1),
-    )
-
-
 def _to_statistics(
-    x: _Reading, token_ids_R: torch.Tensor, support_mode: SupportMode, dtype: torch.dtype
+    x: Reading, token_ids_R: torch.Tensor, support_mode: SupportMode, dtype: torch.dtype
 ) -> TokenStatistics:
     k = x.ids_s_RK.shape[-1]
     in_both_RK = (x.ids_s_RK[:, :, None] == x.ids_t_RK[:, None, :]).any(-1)
@@ -252,19 +182,6 @@ def _to_statistics(
         rank_in_student=rank_s,
         rank_in_teacher=rank_t,
     )
-
-
-def _log_probs_here(
-    shifted_RV: torch.Tensor, offset_R: torch.Tensor, ids_RK: torch.Tensor, vocab_start: int
-) -> torch.Tensor:
-    """Log-probabilities at those of the ids that live on this rank, 0 at the others [R, K]."""
-    index = ids_RK - vocab_start
-    here = (index >= 0) & (index < shifted_RV.shape[-1])
-    return (gather_local(shifted_RV, ids_RK, vocab_start) + offset_R[:, None]).where(here, 0.0)
-
-
-def _side_by_side(candidates_PRK: torch.Tensor) -> torch.Tensor:
-    return candidates_PRK.transpose(0, 1).flatten(1)
 
 
 def _union_kl(log_t_RU: torch.Tensor, log_s_RU: torch.Tensor, counted_RU: torch.Tensor) -> torch.Tensor:
