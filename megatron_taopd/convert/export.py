@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
-from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
 from megatron_taopd.convert.hf_writer import HFWriter
-from megatron_taopd.convert.mapping import Rule, named, rule_for, rules
+from megatron_taopd.convert.mapping import Rule, named, rules
+from megatron_taopd.convert.parameters import parameters_with_rules
 from megatron_taopd.errors import ModelError
 from megatron_taopd.models.hf_config import HFModelConfig
 from megatron_taopd.platform import device, distributed
@@ -104,16 +104,13 @@ def _whole_tensors(module: DistillationGPTModel, hf: HFModelConfig) -> Iterator[
 
 
 def _parameters(module: DistillationGPTModel, hf: HFModelConfig) -> dict[Key, torch.Tensor]:
-    offset = get_transformer_layer_offset(module.config, module.vp_stage)
-    found = {}
-    for name, parameter in module.named_parameters():
-        layer, rule = rule_for(name, hf, offset)
-        found[(layer, rule.megatron)] = parameter.detach()
-    return found
+    return {
+        (layer, rule.megatron): parameter.detach() for _, parameter, layer, rule in parameters_with_rules(module, hf)
+    }
 
 
 def _owners(mine: list[Key]) -> dict[Key, int]:
-    """For each parameter the first rank that has it: the first tensor-parallel rank of the first replica."""
+    """For each parameter the first rank that has it: the first of the tensor-parallel ranks that share it."""
     everyone: list[list[Key]] = [mine]
     if distributed.world_size() > 1:
         everyone = [[] for _ in range(distributed.world_size())]
@@ -128,10 +125,10 @@ def _owners(mine: list[Key]) -> dict[Key, int]:
 def _join(
     mine: dict[Key, torch.Tensor], key: Key, rule: Rule, hf: HFModelConfig, owner: int
 ) -> tuple[torch.Tensor, ...]:
-    """The HF tensors, on the ranks of the owner's tensor-parallel group; elsewhere nothing."""
-    group = distributed.tensor_parallel_group()
+    """The HF tensors, on the owner and the ranks that share the parameter with it; elsewhere nothing."""
+    group = distributed.expert_tensor_parallel_group() if rule.of_expert else distributed.tensor_parallel_group()
     if key not in mine or dist.get_process_group_ranks(group)[0] != owner:
         return ()
-    shards = [torch.empty_like(mine[key]) for _ in range(distributed.tensor_parallel_size())]
+    shards = [torch.empty_like(mine[key]) for _ in range(group.size())]
     dist.all_gather(shards, mine[key].contiguous(), group=group)
     return rule.layout.join(shards, hf)

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
-from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
-from megatron_taopd.convert.mapping import Sliceable, named, rule_for
+from megatron_taopd.convert.mapping import Sliceable, named
+from megatron_taopd.convert.parameters import parameters_with_rules
 from megatron_taopd.errors import ModelError
 from megatron_taopd.models.hf_config import HFModelConfig
 
@@ -71,9 +71,7 @@ class _Watched:
 def inspect(module: DistillationGPTModel, hf: HFModelConfig) -> WeightReport:
     """A report on the parameters of a filled module, by their names in the whole model."""
     report = WeightReport()
-    offset = get_transformer_layer_offset(module.config, module.vp_stage)
-    for name, parameter in module.named_parameters():
-        layer, rule = rule_for(name, hf, offset)
+    for _, parameter, layer, rule in parameters_with_rules(module, hf):
         report.see(named(rule.megatron, layer), parameter.detach())
     return report
 

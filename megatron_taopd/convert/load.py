@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
-from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
 from megatron_taopd.convert.health import WeightReport
 from megatron_taopd.convert.hf_reader import HFReader
-from megatron_taopd.convert.mapping import Shard, named, rule_for
+from megatron_taopd.convert.mapping import Shard, named
+from megatron_taopd.convert.parameters import parameters_with_rules
 from megatron_taopd.models.hf_config import HFModelConfig
 from megatron_taopd.platform import distributed
 
@@ -32,16 +32,15 @@ def load_hf_weights(module: DistillationGPTModel, hf: HFModelConfig) -> WeightRe
     """
     reader = HFReader(hf.path)
     shard = Shard(rank=distributed.tensor_parallel_rank(), size=distributed.tensor_parallel_size())
-    offset = get_transformer_layer_offset(module.config, module.vp_stage)
+    expert_shard = Shard(rank=distributed.expert_tensor_parallel_rank(), size=distributed.expert_tensor_parallel_size())
     report = WeightReport()
-    for name, parameter in module.named_parameters():
-        layer, rule = rule_for(name, hf, offset)
+    for name, parameter, layer, rule in parameters_with_rules(module, hf):
         names = [named(template, layer) for template in rule.hf]
         sources = tuple(
             report.watch(source_name, reader.slice(source_name, shape))
             for source_name, shape in zip(names, rule.layout.shapes(hf), strict=True)
         )
-        value = rule.layout.cut(sources, shard, hf, module.vocab_size)
+        value = rule.layout.cut(sources, expert_shard if rule.of_expert else shard, hf, module.vocab_size)
         if value.shape != parameter.shape:
             raise RuntimeError(f"{name}: converted {tuple(value.shape)}, module has {tuple(parameter.shape)}")
         with torch.no_grad():

@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from typing import Protocol
 
 import torch
@@ -54,14 +55,14 @@ class Layout(Protocol):
 
 @dataclass(frozen=True)
 class Replicated:
-    """The same vector on every rank: norm weights."""
+    """The same tensor on every rank: norm weights, the router of a mixture."""
 
-    size: str
-    """HFModelConfig field that is its length."""
+    sizes: tuple[str, ...]
+    """HFModelConfig fields that are its dimensions."""
 
     def shapes(self, hf: HFModelConfig) -> tuple[tuple[int, ...], ...]:
-        """One vector."""
-        return ((getattr(hf, self.size),),)
+        """One tensor."""
+        return (tuple(getattr(hf, size) for size in self.sizes),)
 
     def cut(
         self, sources: tuple[Sliceable, ...], shard: Shard, hf: HFModelConfig, padded_vocab_size: int
@@ -99,11 +100,11 @@ class Vocabulary:
 class InputColumns:
     """Attention output and second ffn matrix: the input dimension is dealt to the ranks."""
 
-    heads: bool
-    """The input is all heads side by side; otherwise the ffn."""
+    size: str
+    """HFModelConfig field that is the input dimension."""
 
     def _inputs(self, hf: HFModelConfig) -> int:
-        return hf.num_heads * hf.head_dim if self.heads else hf.ffn_size
+        return int(getattr(hf, self.size))
 
     def shapes(self, hf: HFModelConfig) -> tuple[tuple[int, ...], ...]:
         """One matrix."""
@@ -125,15 +126,18 @@ class InputColumns:
 class GateUp:
     """First ffn matrix: a rank has its gate rows on top of its up rows."""
 
+    size: str
+    """HFModelConfig field that is the number of gate rows."""
+
     def shapes(self, hf: HFModelConfig) -> tuple[tuple[int, ...], ...]:
         """Gate and up."""
-        return ((hf.ffn_size, hf.hidden_size),) * 2
+        return ((getattr(hf, self.size), hf.hidden_size),) * 2
 
     def cut(
         self, sources: tuple[Sliceable, ...], shard: Shard, hf: HFModelConfig, padded_vocab_size: int
     ) -> torch.Tensor:
         """Shard first, then join."""
-        start, stop = shard.bounds(hf.ffn_size)
+        start, stop = shard.bounds(getattr(hf, self.size))
         return torch.cat([source[start:stop] for source in sources])
 
     def join(self, shards: list[torch.Tensor], hf: HFModelConfig) -> tuple[torch.Tensor, ...]:
@@ -182,21 +186,23 @@ class Rule:
     hf: tuple[str, ...]
     layout: Layout
     fused: str | None = None
-    """Name in Transformer Engine's layers where norm and matrix are one module."""
+    """Name in Transformer Engine's layers where norm and matrix, or all experts, are one module."""
+    of_expert: bool = False
+    """Sharded over the expert-tensor-parallel ranks, on those ranks that hold the expert."""
 
 
 _ATTENTION, _HF_ATTENTION = "decoder.layers.{layer}.self_attention", "model.layers.{layer}.self_attn"
 _MLP, _HF_MLP = "decoder.layers.{layer}.mlp", "model.layers.{layer}.mlp"
 
 _EMBEDDING = Rule("embedding.word_embeddings.weight", ("model.embed_tokens.weight",), Vocabulary())
-_FINAL_NORM = Rule("decoder.final_layernorm.weight", ("model.norm.weight",), Replicated("hidden_size"))
+_FINAL_NORM = Rule("decoder.final_layernorm.weight", ("model.norm.weight",), Replicated(("hidden_size",)))
 _HEAD = Rule("output_layer.weight", ("lm_head.weight",), Vocabulary())
 _TIED_HEAD = Rule("output_layer.weight", _EMBEDDING.hf, Vocabulary())
 _LAYER = (
     Rule(
         "decoder.layers.{layer}.input_layernorm.weight",
         ("model.layers.{layer}.input_layernorm.weight",),
-        Replicated("hidden_size"),
+        Replicated(("hidden_size",)),
         fused=f"{_ATTENTION}.linear_qkv.layer_norm_weight",
     ),
     Rule(
@@ -204,23 +210,17 @@ _LAYER = (
         tuple(f"{_HF_ATTENTION}.{name}_proj.weight" for name in "qkv"),
         QKV(),
     ),
-    Rule(f"{_ATTENTION}.linear_proj.weight", (f"{_HF_ATTENTION}.o_proj.weight",), InputColumns(heads=True)),
+    Rule(f"{_ATTENTION}.linear_proj.weight", (f"{_HF_ATTENTION}.o_proj.weight",), InputColumns("all_heads_size")),
     Rule(
         "decoder.layers.{layer}.pre_mlp_layernorm.weight",
         ("model.layers.{layer}.post_attention_layernorm.weight",),
-        Replicated("hidden_size"),
+        Replicated(("hidden_size",)),
         fused=f"{_MLP}.linear_fc1.layer_norm_weight",
     ),
-    Rule(
-        f"{_MLP}.linear_fc1.weight",
-        (f"{_HF_MLP}.gate_proj.weight", f"{_HF_MLP}.up_proj.weight"),
-        GateUp(),
-    ),
-    Rule(f"{_MLP}.linear_fc2.weight", (f"{_HF_MLP}.down_proj.weight",), InputColumns(heads=False)),
 )
 _QK_NORM = (
-    Rule(f"{_ATTENTION}.q_layernorm.weight", (f"{_HF_ATTENTION}.q_norm.weight",), Replicated("head_dim")),
-    Rule(f"{_ATTENTION}.k_layernorm.weight", (f"{_HF_ATTENTION}.k_norm.weight",), Replicated("head_dim")),
+    Rule(f"{_ATTENTION}.q_layernorm.weight", (f"{_HF_ATTENTION}.q_norm.weight",), Replicated(("head_dim",))),
+    Rule(f"{_ATTENTION}.k_layernorm.weight", (f"{_HF_ATTENTION}.k_norm.weight",), Replicated(("head_dim",))),
 )
 _QKV_BIAS = (
     Rule(
@@ -229,13 +229,58 @@ _QKV_BIAS = (
         QKV(bias=True),
     ),
 )
+_FFN = (
+    Rule(
+        f"{_MLP}.linear_fc1.weight",
+        (f"{_HF_MLP}.gate_proj.weight", f"{_HF_MLP}.up_proj.weight"),
+        GateUp("ffn_size"),
+    ),
+    Rule(f"{_MLP}.linear_fc2.weight", (f"{_HF_MLP}.down_proj.weight",), InputColumns("ffn_size")),
+)
+_ROUTER = Rule(f"{_MLP}.router.weight", (f"{_HF_MLP}.gate.weight",), Replicated(("num_experts", "hidden_size")))
 
-LAYER_RULES: dict[str, tuple[Rule, ...]] = {
-    "qwen3": _LAYER + _QK_NORM,
-    "qwen2": _LAYER + _QKV_BIAS,
-    "llama": _LAYER,
+
+def _expert(number: int) -> tuple[Rule, Rule]:
+    """One expert, by its number in the whole model."""
+    ours, theirs = f"{_MLP}.experts.local_experts.{number}", f"{_HF_MLP}.experts.{number}"
+    return (
+        Rule(
+            f"{ours}.linear_fc1.weight",
+            (f"{theirs}.gate_proj.weight", f"{theirs}.up_proj.weight"),
+            GateUp("expert_ffn_size"),
+            fused=f"{_MLP}.experts.linear_fc1.weight{number}",
+            of_expert=True,
+        ),
+        Rule(
+            f"{ours}.linear_fc2.weight",
+            (f"{theirs}.down_proj.weight",),
+            InputColumns("expert_ffn_size"),
+            fused=f"{_MLP}.experts.linear_fc2.weight{number}",
+            of_expert=True,
+        ),
+    )
+
+
+@cache
+def _layer_rules(family: str, num_experts: int) -> tuple[Rule, ...]:
+    """Rules of a layer; with ``num_experts`` 0 of one that has a single ffn."""
+    ffn = _FFN
+    if num_experts:
+        ffn = (_ROUTER, *(rule for number in range(num_experts) for rule in _expert(number)))
+    return _LAYER + FAMILY_RULES[family] + ffn
+
+
+FAMILY_RULES: dict[str, tuple[Rule, ...]] = {
+    "qwen3": _QK_NORM,
+    "qwen3_moe": _QK_NORM,
+    "qwen2": _QKV_BIAS,
+    "llama": (),
+    "mistral": (),
 }
+"""What a layer of the family has beside norms, attention matrices and ffn or experts."""
+
 _LAYER_NUMBER = re.compile(r"(?<=^decoder\.layers\.)\d+(?=\.)")
+_EXPERT_NUMBER = re.compile(r"(?<=\.experts\.local_experts\.)\d+(?=\.)|(?<=\.experts\.linear_fc[12]\.weight)\d+$")
 
 
 def rules(hf: HFModelConfig) -> Iterator[tuple[int | None, Rule]]:
@@ -245,19 +290,25 @@ def rules(hf: HFModelConfig) -> Iterator[tuple[int | None, Rule]]:
     """
     yield None, _EMBEDDING
     for layer in range(hf.num_layers):
-        for rule in LAYER_RULES[hf.family]:
+        for rule in layer_rules(hf, layer):
             yield layer, rule
     yield None, _FINAL_NORM
     if not hf.tied:
         yield None, _HEAD
 
 
-def rule_for(name: str, hf: HFModelConfig, layer_offset: int) -> tuple[int | None, Rule]:
+def layer_rules(hf: HFModelConfig, layer: int) -> tuple[Rule, ...]:
+    """Every parameter of one layer of the whole model."""
+    return _layer_rules(hf.family, hf.num_experts if hf.has_experts(layer) else 0)
+
+
+def rule_for(name: str, hf: HFModelConfig, layer_offset: int, expert_offset: int = 0) -> tuple[int | None, Rule]:
     """The rule of a parameter as it is called on this rank.
 
     Args:
-        name: from ``named_parameters``; layers count from 0 within the stage.
+        name: from ``named_parameters``; layers count from 0 within the stage, experts within the rank.
         layer_offset: layers before this stage.
+        expert_offset: experts before those of this rank.
 
     Returns:
         The layer in the whole model (None outside layers) and the rule.
@@ -265,8 +316,9 @@ def rule_for(name: str, hf: HFModelConfig, layer_offset: int) -> tuple[int | Non
     match = _LAYER_NUMBER.search(name)
     layer = None if match is None else int(match.group()) + layer_offset
     pattern = _LAYER_NUMBER.sub("{layer}", name)
+    pattern = _EXPERT_NUMBER.sub(lambda number: str(int(number.group()) + expert_offset), pattern)
     head = _TIED_HEAD if hf.tied else _HEAD
-    for rule in (_EMBEDDING, _FINAL_NORM, head, *LAYER_RULES[hf.family]):
+    for rule in (_EMBEDDING, _FINAL_NORM, head) if layer is None else layer_rules(hf, layer):
         if pattern in (rule.megatron, rule.fused):
             return layer, rule
     raise RuntimeError(f"no conversion rule for parameter {name!r} of family {hf.family}")

@@ -97,6 +97,12 @@ def _mark_sharded_parameters(module: DistillationGPTModel) -> None:
                 parameter.tensor_model_parallel = True  # type: ignore[attr-defined]
                 parameter.partition_dim = dim  # type: ignore[attr-defined]
                 parameter.partition_stride = 1  # type: ignore[attr-defined]
+    config = module.config
+    if config.expert_tensor_parallel_size != config.tensor_model_parallel_size:
+        # Other ranks than for the rest of the model hold the same expert. Megatron sees that at EP > 1 only.
+        for name, parameter in module.named_parameters():
+            if ".experts." in name:
+                parameter.allreduce = False  # type: ignore[attr-defined]
 
 
 def load_model(
@@ -127,6 +133,12 @@ def load_model(
     from megatron_taopd.convert.load import load_hf_weights
 
     hf = load_hf_config(source)
+    if trainable and hf.experts is not None and parallel.tensor_model_parallel_size > 1:
+        if not parallel.sequence_parallel:
+            raise ConfigError(
+                f"{hf.path} has experts: at --tensor-model-parallel-size {parallel.tensor_model_parallel_size} "
+                "megatron-core trains them with --sequence-parallel only; set that flag"
+            )
     config = build_transformer_config(hf, parallel, params_dtype=params_dtype, **(overrides or {}))
     padded = padded_vocab_size or pad_vocab_size(hf.vocab_size, tp=parallel.tensor_model_parallel_size)
     module = build_model(hf, config, padded_vocab_size=padded)

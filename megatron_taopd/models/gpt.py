@@ -15,15 +15,16 @@ from torch import Tensor
 
 from megatron_taopd.models.hf_config import HFModelConfig
 from megatron_taopd.models.layers import decoder_spec
+from megatron_taopd.models.sample_cache import SampleCache
 
 
 class DistillationGPTModel(GPTModel):
     """A causal language model whose last stage answers final hidden states; losses apply the head themselves.
 
     Outside inference ``forward(input_ids, position_ids, attention_mask)`` returns [S, B, H] after the final
-    norm ([S/TP, B, H] under sequence parallelism) and never makes logits. In Megatron's inference engine (an
-    ``inference_context`` and eval mode) it returns logits [B, S, V] whose ids past the real vocabulary are
-    -inf, so that padding is never sampled.
+    norm ([S/TP, B, H] under sequence parallelism) and never makes logits. With a :class:`SampleCache` it is the
+    last token's alone, [1, B, H]. In Megatron's own inference engine (another ``inference_context`` and eval mode) it
+    returns logits [B, S, V] whose ids past the real vocabulary are -inf, so that padding is never sampled.
     """
 
     def __init__(
@@ -63,8 +64,11 @@ class DistillationGPTModel(GPTModel):
     def _postprocess(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if not self.post_process:
             return hidden_states
-        if kwargs.get("inference_context") is None or self.training:
+        context = kwargs.get("inference_context")
+        if context is None or self.training:
             return hidden_states
+        if isinstance(context, SampleCache):
+            return hidden_states[-1:]
         logits = super()._postprocess(hidden_states, *args, **kwargs)
         logits[..., self.real_vocab_size :] = -math.inf
         return logits

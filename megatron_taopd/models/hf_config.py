@@ -13,19 +13,37 @@ from megatron_taopd.models.source import hf_directory
 # config.json's model_type -> (biases on q, k, v; norms on queries and keys)
 FAMILIES: dict[str, tuple[bool, bool]] = {
     "qwen3": (False, True),
+    "qwen3_moe": (False, True),
     "qwen2": (True, False),
     "llama": (False, False),
+    "mistral": (False, False),
 }
 _ARCHITECTURES = {
     "Qwen3ForCausalLM": "qwen3",
+    "Qwen3MoeForCausalLM": "qwen3_moe",
     "Qwen2ForCausalLM": "qwen2",
     "LlamaForCausalLM": "llama",
+    "MistralForCausalLM": "mistral",
 }
 _ROPE_KEYS = {
     "default": (),
     "linear": ("factor",),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
 }
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExpertsConfig:
+    """The mixture of experts that takes the place of the ffn."""
+
+    num_experts: int
+    experts_per_token: int
+    ffn_size: int
+    """Inner size of one expert."""
+    normalize: bool
+    """The weights of a token's experts sum to 1; otherwise they are what the softmax over all experts gives them."""
+    layers: tuple[bool, ...]
+    """Whether each layer has experts; the others have one ffn of ``HFModelConfig.ffn_size``."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +68,8 @@ class HFModelConfig:
     """The embedding is the LM head as well; the file then has no ``lm_head.weight``."""
     qkv_bias: bool
     qk_norm: bool
+    experts: ExpertsConfig | None
+    """None: every layer has one ffn."""
     max_position_embeddings: int
     eos_token_ids: tuple[int, ...]
     """Stop tokens: of generation_config.json, else of config.json, else none."""
@@ -57,6 +77,26 @@ class HFModelConfig:
     """The whole config.json."""
     path: Path
     """The HF directory."""
+
+    @property
+    def all_heads_size(self) -> int:
+        """Size of all heads side by side, the input of the attention's last matrix."""
+        return self.num_heads * self.head_dim
+
+    @property
+    def num_experts(self) -> int:
+        """Experts of a mixture; 0 if the model has none."""
+        return 0 if self.experts is None else self.experts.num_experts
+
+    @property
+    def expert_ffn_size(self) -> int:
+        """Inner size of one expert; of a model that has experts."""
+        assert self.experts is not None
+        return self.experts.ffn_size
+
+    def has_experts(self, layer: int) -> bool:
+        """Whether this layer of the whole model is a mixture of experts."""
+        return self.experts is not None and self.experts.layers[layer]
 
 
 def load_hf_config(source: str | Path) -> HFModelConfig:
@@ -68,7 +108,7 @@ def load_hf_config(source: str | Path) -> HFModelConfig:
     path = hf_directory(source)
     raw = _read_json(path / "config.json")
     family = _family(raw, path)
-    _refuse_unsupported(raw, path)
+    _refuse_unsupported(raw, family, path)
     qkv_bias, qk_norm = FAMILIES[family]
     hidden_size = int(_field(raw, "hidden_size", path))
     num_heads = int(_field(raw, "num_attention_heads", path))
@@ -91,6 +131,7 @@ def load_hf_config(source: str | Path) -> HFModelConfig:
         tied=bool(raw.get("tie_word_embeddings", False)),
         qkv_bias=qkv_bias,
         qk_norm=qk_norm,
+        experts=_experts(raw, path) if family == "qwen3_moe" else None,
         max_position_embeddings=int(_field(raw, "max_position_embeddings", path)),
         eos_token_ids=_eos_token_ids(raw, path),
         raw=raw,
@@ -123,13 +164,47 @@ def _family(raw: dict[str, Any], path: Path) -> str:
     return named
 
 
-def _refuse_unsupported(raw: dict[str, Any], path: Path) -> None:
+def _experts(raw: dict[str, Any], path: Path) -> ExpertsConfig | None:
+    # transformers 5 may write num_local_experts.
+    num_experts = int(raw.get("num_experts") or raw.get("num_local_experts") or 0)
+    if num_experts < 1:
+        raise ModelError(f"{path / 'config.json'} has no 'num_experts'; is it the config of a mixture of experts?")
+    experts_per_token = int(_field(raw, "num_experts_per_tok", path))
+    normalize = bool(raw.get("norm_topk_prob", False))
+    if not 1 <= experts_per_token <= num_experts:
+        raise ModelError(f"{path}: num_experts_per_tok {experts_per_token} must be between 1 and {num_experts} experts")
+    if experts_per_token == 1 and normalize:
+        raise ModelError(
+            f"{path}: norm_topk_prob with num_experts_per_tok 1 makes every weight 1, which megatron-core cannot do"
+        )
+    step = int(raw.get("decoder_sparse_step") or 1)
+    dense = set(raw.get("mlp_only_layers") or ())
+    layers = tuple(
+        layer not in dense and (layer + 1) % step == 0 for layer in range(int(_field(raw, "num_hidden_layers", path)))
+    )
+    if not any(layers):
+        return None
+    return ExpertsConfig(
+        num_experts=num_experts,
+        experts_per_token=experts_per_token,
+        ffn_size=int(_field(raw, "moe_intermediate_size", path)),
+        normalize=normalize,
+        layers=layers,
+    )
+
+
+def _refuse_unsupported(raw: dict[str, Any], family: str, path: Path) -> None:
     windowed = raw.get("use_sliding_window") or "sliding_attention" in (raw.get("layer_types") or ())
+    if family == "mistral":
+        # Mistral has no switch beside the size; a window as long as the positions changes nothing.
+        positions = int(_field(raw, "max_position_embeddings", path))
+        windowed = (raw.get("sliding_window") or positions) < positions
     refused = {
         f"hidden_act {raw.get('hidden_act')!r} (supported: 'silu')": raw.get("hidden_act", "silu") != "silu",
         "attention_bias": bool(raw.get("attention_bias")),
         "mlp_bias": bool(raw.get("mlp_bias")),
-        "sliding-window attention": bool(windowed),
+        "sliding-window attention (where all sequences are shorter than the window, switch it off in config.json: "
+        "sliding_window null, or max_position_embeddings no longer than it)": bool(windowed),
         "quantized weights (dequantize the model first)": bool(raw.get("quantization_config")),
         "partial_rotary_factor": raw.get("partial_rotary_factor", 1.0) != 1.0,
         "attention_dropout": bool(raw.get("attention_dropout")),

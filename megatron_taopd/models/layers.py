@@ -11,16 +11,23 @@ import torch
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer import TransformerConfig
-from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.attention import SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.moe.experts import SequentialMLP
+from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
-from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+from megatron.core.transformer.transformer_layer import (
+    TransformerLayer,
+    TransformerLayerSubmodules,
+    get_transformer_layer_offset,
+)
 
 from megatron_taopd.errors import ConfigError
+from megatron_taopd.models.sample_cache import CachedSelfAttention
 from megatron_taopd.models.transformer_config import use_transformer_engine
 
 
@@ -83,7 +90,8 @@ class CoreAttention(MegatronModule):
             query: [S_q, B, A, D].
             key: [S_k, B, G, D]; each serves A/G query heads.
             value: [S_k, B, G, D].
-            attention_mask: not read, see the class.
+            attention_mask: of a forward with :class:`SampleCache`: broadcasts to [B, A, S_q, S_k], True where a key
+                is hidden; it then says all. None: the lengths say it, see the class.
 
         Returns:
             [S_q, B, A*D].
@@ -91,18 +99,18 @@ class CoreAttention(MegatronModule):
         if packed_seq_params is not None or attention_bias is not None:
             raise NotImplementedError("the local attention has neither packed sequences nor an attention bias")
         length_q, length_k = query.shape[0], key.shape[0]
-        bottom_right = None
-        if 1 < length_q < length_k:
-            bottom_right = torch.ones(length_q, length_k, dtype=torch.bool, device=query.device).tril(
-                length_k - length_q
-            )
+        visible = None
+        if attention_mask is not None:
+            visible = ~attention_mask
+        elif 1 < length_q < length_k:
+            visible = torch.ones(length_q, length_k, dtype=torch.bool, device=query.device).tril(length_k - length_q)
         # [S, B, heads, D] -> [B, heads, S, D]
         context = torch.nn.functional.scaled_dot_product_attention(
             query.permute(1, 2, 0, 3),
             key.permute(1, 2, 0, 3),
             value.permute(1, 2, 0, 3),
-            attn_mask=bottom_right,
-            is_causal=length_q == length_k and length_q > 1,
+            attn_mask=visible,
+            is_causal=visible is None and length_q == length_k and length_q > 1,
             scale=self.softmax_scale,
             enable_gqa=query.shape[2] != key.shape[2],
         )
@@ -113,20 +121,41 @@ def decoder_spec(
     config: TransformerConfig, *, vp_stage: int | None = None, pp_rank: int | None = None
 ) -> TransformerBlockSubmodules:
     """Layers and final norm of this rank's stage."""
+    first = get_transformer_layer_offset(config, vp_stage, pp_rank)
+    layers = range(first, first + get_num_layers_to_build(config, vp_stage, pp_rank))
     if use_transformer_engine():
-        return _transformer_engine_spec(config, vp_stage, pp_rank)
-    num_layers = get_num_layers_to_build(config, vp_stage, pp_rank)
-    return TransformerBlockSubmodules(layer_specs=[_local_layer_spec(config)] * num_layers, layer_norm=RMSNorm)
+        return _transformer_engine_spec(config, layers)
+    return TransformerBlockSubmodules(
+        layer_specs=[_local_layer_spec(config, experts=_has_experts(config, layer)) for layer in layers],
+        layer_norm=RMSNorm,
+    )
 
 
-def _local_layer_spec(config: TransformerConfig) -> ModuleSpec:
+def _has_experts(config: TransformerConfig, layer: int) -> bool:
+    """Whether this layer of the whole model is a mixture of experts."""
+    if isinstance(config.moe_layer_freq, list):
+        return bool(config.moe_layer_freq[layer])
+    return config.num_moe_experts is not None
+
+
+def _local_layer_spec(config: TransformerConfig, *, experts: bool) -> ModuleSpec:
     qk_norm = RMSNorm if config.qk_layernorm else IdentityOp
+    ffn = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
+    # Checkpoint names of Megatron's fused layers, so that both kinds of layer read one checkpoint. The norm before
+    # a mixture is a module of its own there as well.
+    fused_names = {"input_layernorm.": "self_attention.linear_qkv.layer_norm_"}
+    if experts:
+        mixture = MoESubmodules(experts=ModuleSpec(module=SequentialMLP, submodules=ffn))
+        mlp = ModuleSpec(module=MoELayer, submodules=mixture)
+    else:
+        mlp = ModuleSpec(module=MLP, submodules=ffn)
+        fused_names["pre_mlp_layernorm."] = "mlp.linear_fc1.layer_norm_"
     return ModuleSpec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(
             input_layernorm=RMSNorm,
             self_attention=ModuleSpec(
-                module=SelfAttention,
+                module=CachedSelfAttention,
                 params={"attn_mask_type": AttnMaskType.causal},
                 submodules=SelfAttentionSubmodules(
                     linear_qkv=ColumnParallelLinear,
@@ -138,27 +167,26 @@ def _local_layer_spec(config: TransformerConfig) -> ModuleSpec:
             ),
             self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=RMSNorm,
-            mlp=ModuleSpec(
-                module=MLP,
-                submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear),
-            ),
+            mlp=mlp,
             mlp_bda=get_bias_dropout_add,
-            # Checkpoint names of Megatron's fused layers, so that both kinds of layer read one checkpoint.
-            sharded_state_dict_keys_map={
-                "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
-                "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_",
-            },
+            sharded_state_dict_keys_map=fused_names,
         ),
     )
 
 
-def _transformer_engine_spec(
-    config: TransformerConfig, vp_stage: int | None, pp_rank: int | None
-) -> TransformerBlockSubmodules:
-    """Transformer Engine's layers, needed for fp8. Not yet run on a GPU."""
+def _transformer_engine_spec(config: TransformerConfig, layers: range) -> TransformerBlockSubmodules:
+    """Transformer Engine's layers, needed for fp8; experts as one grouped product. Not yet run on a GPU."""
     from megatron.core.extensions.transformer_engine import TENorm
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
 
-    layer = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
-    num_layers = get_num_layers_to_build(config, vp_stage, pp_rank)
-    return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=TENorm)
+    specs = [
+        get_gpt_layer_with_transformer_engine_spec(
+            num_experts=config.num_moe_experts if _has_experts(config, layer) else None,
+            moe_grouped_gemm=config.moe_grouped_gemm,
+            qk_layernorm=config.qk_layernorm,
+        )
+        for layer in layers
+    ]
+    for spec in specs:
+        spec.submodules.self_attention.module = CachedSelfAttention
+    return TransformerBlockSubmodules(layer_specs=specs, layer_norm=TENorm)

@@ -42,6 +42,7 @@ def build_transformer_config(
     # The fused kernels are CUDA's; the local layers use none of them.
     fused = use_transformer_engine()
     settings: dict[str, Any] = dict(
+        **_expert_settings(hf, parallel, params_dtype),
         num_layers=hf.num_layers,
         hidden_size=hf.hidden_size,
         ffn_hidden_size=hf.ffn_size,
@@ -63,7 +64,10 @@ def build_transformer_config(
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
         context_parallel_size=parallel.context_parallel_size,
-        expert_model_parallel_size=parallel.expert_model_parallel_size,
+        num_layers_in_first_pipeline_stage=parallel.decoder_first_pipeline_num_layers,
+        num_layers_in_last_pipeline_stage=parallel.decoder_last_pipeline_num_layers,
+        account_for_embedding_in_pipeline_split=parallel.account_for_embedding_in_pipeline_split,
+        account_for_loss_in_pipeline_split=parallel.account_for_loss_in_pipeline_split,
         sequence_parallel=parallel.sequence_parallel,
         # The loss is a sum over kept tokens; Megatron divides the gradient once by their global count.
         calculate_per_token_loss=True,
@@ -84,24 +88,104 @@ def build_transformer_config(
         raise ConfigError(f"megatron-core refuses this model configuration: {error}") from error
 
 
+def _expert_settings(hf: HFModelConfig, parallel: ParallelConfig, params_dtype: torch.dtype) -> dict[str, Any]:
+    """Fields of the mixture; none for a model without experts, whose ranks then share nothing over EP."""
+    if hf.experts is None:
+        return {}
+    layers = [int(layer) for layer in hf.experts.layers]
+    return dict(
+        num_moe_experts=hf.experts.num_experts,
+        moe_ffn_hidden_size=hf.experts.ffn_size,
+        moe_router_topk=hf.experts.experts_per_token,
+        # A softmax over the chosen experts is a softmax over all, divided by the sum over the chosen.
+        moe_router_pre_softmax=not hf.experts.normalize,
+        # Of bf16 logits many are equal, and layouts would disagree about which experts they choose.
+        moe_router_dtype="fp32" if params_dtype == torch.bfloat16 else None,
+        moe_aux_loss_coeff=0.0,
+        moe_layer_freq=1 if all(layers) else layers,
+        # Unlike allgather it lets replicas bring different numbers of tokens.
+        moe_token_dispatcher_type="alltoall",
+        moe_grouped_gemm=use_transformer_engine(),
+        expert_model_parallel_size=parallel.expert_model_parallel_size,
+        expert_tensor_parallel_size=parallel.expert_tensor_parallel_size,
+    )
+
+
+def refuse_expert_layout_in_vain(parallel: ParallelConfig, *models: HFModelConfig) -> None:
+    """Refuse expert parallelism where none of the models of a run has experts.
+
+    Raises:
+        ConfigError: the flag would have no effect.
+    """
+    if any(hf.experts is not None for hf in models):
+        return
+    for flag, value in (
+        ("--expert-model-parallel-size", parallel.expert_model_parallel_size),
+        ("--expert-tensor-parallel-size", parallel.expert_tensor_parallel_size or 1),
+    ):
+        if value > 1:
+            names = " and ".join(str(hf.path) for hf in models)
+            raise ConfigError(f"{flag} {value} has no effect: no experts in {names}; drop it")
+
+
 def check_layout(hf: HFModelConfig, parallel: ParallelConfig) -> None:
     """Refuse a layout that does not divide ``hf``.
 
     Raises:
         ConfigError: names the first count that does not divide and the sizes that would.
     """
-    tensor, pipeline = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
-    for flag, size, what, count in (
+    tensor = parallel.tensor_model_parallel_size
+    counts = [
         ("--tensor-model-parallel-size", tensor, "attention heads", hf.num_heads),
         ("--tensor-model-parallel-size", tensor, "key-value heads", hf.num_kv_heads),
-        ("--tensor-model-parallel-size", tensor, "ffn rows (intermediate_size)", hf.ffn_size),
-        ("--pipeline-model-parallel-size", pipeline, "layers", hf.num_layers),
-    ):
+    ]
+    if hf.experts is None or not all(hf.experts.layers):
+        counts.append(("--tensor-model-parallel-size", tensor, "ffn rows (intermediate_size)", hf.ffn_size))
+    if hf.experts is not None:
+        expert_tensor = parallel.expert_tensor_parallel_size or tensor
+        counts += [
+            ("--expert-model-parallel-size", parallel.expert_model_parallel_size, "experts", hf.experts.num_experts),
+            (
+                "--expert-tensor-parallel-size",
+                expert_tensor,
+                "ffn rows of an expert (moe_intermediate_size)",
+                hf.experts.ffn_size,
+            ),
+        ]
+    for flag, size, what, count in counts:
         if count % size:
             raise ConfigError(
                 f"{flag} {size} does not divide the {count} {what} of {hf.path}; "
                 f"sizes that divide {count}: {_divisors(count)}"
             )
+    _check_stages(hf, parallel)
+
+
+def _check_stages(hf: HFModelConfig, parallel: ParallelConfig) -> None:
+    stages, layers = parallel.pipeline_model_parallel_size, hf.num_layers
+    first, last = parallel.decoder_first_pipeline_num_layers, parallel.decoder_last_pipeline_num_layers
+    fixed = [layers_of_stage for layers_of_stage in (first, last) if layers_of_stage is not None]
+    if fixed:
+        rest, stages_left = layers - sum(fixed), stages - len(fixed)
+        if rest < stages_left or (rest % stages_left if stages_left else rest):
+            raise ConfigError(
+                f"--decoder-first-pipeline-num-layers {first} and --decoder-last-pipeline-num-layers {last} leave "
+                f"{rest} of the {layers} layers of {hf.path} to {stages_left} stages, which must be dealt evenly"
+            )
+        return
+    counted = parallel.account_for_embedding_in_pipeline_split + parallel.account_for_loss_in_pipeline_split
+    if (layers + counted) % stages:
+        with_extra = f", with {counted} counted for embedding or loss," if counted else ""
+        raise ConfigError(
+            f"--pipeline-model-parallel-size {stages} does not divide the {layers + counted} layers of {hf.path}"
+            f"{with_extra}; sizes that divide {layers + counted}: {_divisors(layers + counted)}, or give "
+            "--decoder-first-pipeline-num-layers or --decoder-last-pipeline-num-layers"
+        )
+    if counted and (layers + counted) // stages < 2:
+        raise ConfigError(
+            f"--pipeline-model-parallel-size {stages} leaves a stage without any of the {layers} layers of {hf.path}; "
+            "lower it, or do not account for embedding and loss"
+        )
 
 
 def _divisors(count: int) -> str:

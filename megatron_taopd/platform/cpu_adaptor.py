@@ -24,6 +24,8 @@ from typing import Any
 import torch
 from torch.utils import _device as torch_device_mode
 
+from megatron_taopd.platform import cpu_collectives
+
 logger = logging.getLogger(__name__)
 
 _FACTORIES = (
@@ -227,6 +229,14 @@ def _adapt_megatron() -> None:
     if not hasattr(moe_utils, "te_general_gemm"):
         # Without Transformer Engine 0.16 leaves the name undefined and then asks whether it is None.
         moe_utils.te_general_gemm = None  # type: ignore[attr-defined]
+    dispatcher = importlib.import_module("megatron.core.transformer.moe.token_dispatcher")
+    _replace(dispatcher, "maybe_move_tensor_to_cpu", cpu_collectives.numbers_of_tokens)
+    mappings: Any = importlib.import_module("megatron.core.tensor_parallel.mappings")
+    for name, of_any_sizes in (
+        ("_gather_along_first_dim", cpu_collectives.gather_of_any_sizes),
+        ("_reduce_scatter_along_first_dim", cpu_collectives.reduce_scatter_of_any_sizes),
+    ):
+        _replace(mappings, name, of_any_sizes(getattr(mappings, name)))
 
 
 @contextlib.contextmanager

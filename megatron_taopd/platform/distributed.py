@@ -34,7 +34,7 @@ def initialize(config: ParallelConfig, *, seed: int) -> None:
     Megatron's own training script; data-parallel replicas share theirs.
 
     Raises:
-        ConfigError: the number of ranks is not a multiple of TP x PP.
+        ConfigError: the number of ranks is not a multiple of TP x PP x CP, or of ETP x EP x PP.
     """
     timeout = timedelta(minutes=config.distributed_timeout_minutes)
     if not dist.is_initialized():
@@ -44,8 +44,17 @@ def initialize(config: ParallelConfig, *, seed: int) -> None:
         raise ConfigError(
             f"{world_size} ranks cannot hold whole models of --tensor-model-parallel-size "
             f"{config.tensor_model_parallel_size} x --pipeline-model-parallel-size "
-            f"{config.pipeline_model_parallel_size} = {config.model_parallel_size} ranks each; start a "
+            f"{config.pipeline_model_parallel_size} x --context-parallel-size {config.context_parallel_size} = "
+            f"{config.model_parallel_size} ranks each; start a "
             f"multiple of {config.model_parallel_size} ranks (torchrun --nproc-per-node) or change the layout"
+        )
+    if world_size % config.expert_parallel_size:
+        tensor = config.expert_tensor_parallel_size or config.tensor_model_parallel_size
+        raise ConfigError(
+            f"{world_size} ranks cannot hold whole sets of experts of --expert-tensor-parallel-size {tensor} x "
+            f"--expert-model-parallel-size {config.expert_model_parallel_size} x --pipeline-model-parallel-size "
+            f"{config.pipeline_model_parallel_size} = {config.expert_parallel_size} ranks each; start a multiple of "
+            f"{config.expert_parallel_size} ranks or change the layout"
         )
     _leave_model_parallel_groups()
     _parallel_state().initialize_model_parallel(
@@ -53,6 +62,7 @@ def initialize(config: ParallelConfig, *, seed: int) -> None:
         pipeline_model_parallel_size=config.pipeline_model_parallel_size,
         context_parallel_size=config.context_parallel_size,
         expert_model_parallel_size=config.expert_model_parallel_size,
+        expert_tensor_parallel_size=config.expert_tensor_parallel_size,
         distributed_timeout_minutes=config.distributed_timeout_minutes,
     )
     seed_all(seed)
@@ -129,6 +139,36 @@ def tensor_parallel_rank() -> int:
 def tensor_parallel_size() -> int:
     """Number of shards of a layer."""
     return _parallel_state().get_tensor_model_parallel_world_size()
+
+
+def expert_parallel_group() -> dist.ProcessGroup:
+    """Ranks among which the experts of this rank's layers are dealt."""
+    return _parallel_state().get_expert_model_parallel_group()
+
+
+def expert_parallel_rank() -> int:
+    """Index of this rank's share of the experts."""
+    return _parallel_state().get_expert_model_parallel_rank()
+
+
+def expert_parallel_size() -> int:
+    """Number of shares of the experts."""
+    return _parallel_state().get_expert_model_parallel_world_size()
+
+
+def expert_tensor_parallel_group() -> dist.ProcessGroup:
+    """Ranks that share each of this rank's experts."""
+    return _parallel_state().get_expert_tensor_parallel_group()
+
+
+def expert_tensor_parallel_rank() -> int:
+    """Index of this rank's shard of its experts."""
+    return _parallel_state().get_expert_tensor_parallel_rank()
+
+
+def expert_tensor_parallel_size() -> int:
+    """Number of shards of an expert."""
+    return _parallel_state().get_expert_tensor_parallel_world_size()
 
 
 def pipeline_parallel_group() -> dist.ProcessGroup:

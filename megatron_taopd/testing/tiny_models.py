@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import torch
 
-Family = Literal["qwen3", "qwen2", "llama"]
+Family = Literal["qwen3", "qwen3_moe", "qwen2", "llama", "mistral"]
 
 
 def save_tiny_hf_model(
@@ -23,6 +23,12 @@ def save_tiny_hf_model(
     ffn_size: int = 96,
     head_dim: int | None = None,
     tied: bool = False,
+    rope_scaling: dict[str, Any] | None = None,
+    num_experts: int = 8,
+    experts_per_token: int = 2,
+    expert_ffn_size: int = 32,
+    normalize_experts: bool = True,
+    dense_layers: tuple[int, ...] = (),
     seed: int = 0,
 ) -> Path:
     """Write an HF directory of a random model: config, generation config, fp32 safetensors, no tokenizer.
@@ -35,14 +41,31 @@ def save_tiny_hf_model(
         family: architecture; ``qwen3`` has norms on queries and keys, ``qwen2`` biases on q, k and v.
         head_dim: size of a head; default ``hidden_size // num_heads``.
         tied: the embedding is the LM head as well.
+        rope_scaling: ``rope_type`` and its parameters as in config.json.
+        num_experts: and the four that follow: of ``qwen3_moe`` alone.
+        dense_layers: layers with one ffn of ``ffn_size`` instead of experts.
         seed: of the weights.
 
     Returns:
         ``path``.
     """
+    special: dict[str, Any] = {}
+    if family == "qwen3_moe":
+        special.update(
+            num_experts=num_experts,
+            num_experts_per_tok=experts_per_token,
+            moe_intermediate_size=expert_ffn_size,
+            norm_topk_prob=normalize_experts,
+            mlp_only_layers=list(dense_layers),
+        )
+    if family == "mistral":
+        special.update(sliding_window=None)
+    if rope_scaling is not None:
+        special.update(rope_parameters={"rope_theta": 10000.0} | rope_scaling)
     model = _model_class(family)(
         _config(
             family,
+            **special,
             vocab_size=vocab_size,
             hidden_size=hidden_size,
             num_hidden_layers=num_layers,
@@ -77,14 +100,14 @@ def randomise(model: torch.nn.Module, seed: int) -> None:
             elif weight.ndim == 1:
                 weight.copy_(0.3 * noise)
             else:
-                weight.copy_(noise * (_gain(name) / math.sqrt(weight.shape[1])))
+                weight.copy_(noise * (_gain(name) / math.sqrt(weight.shape[-1])))
 
 
 def _gain(name: str) -> float:
     # The head spreads logits over about +-2; a tied embedding must stay below what the layers add to it.
     if "embed_tokens" in name or "lm_head" in name:
         return 2.0
-    return 3.0 if name.endswith(("o_proj.weight", "down_proj.weight")) else 1.5
+    return 3.0 if name.removesuffix(".weight").endswith(("o_proj", "down_proj")) else 1.5
 
 
 def _config(family: Family, **settings: Any) -> Any:
@@ -94,7 +117,12 @@ def _config(family: Family, **settings: Any) -> Any:
         if settings.pop("head_dim") * settings["num_attention_heads"] != settings["hidden_size"]:
             raise ValueError("Qwen2 has heads of size hidden_size // num_heads")
         return transformers.Qwen2Config(**settings)
-    classes = {"qwen3": transformers.Qwen3Config, "llama": transformers.LlamaConfig}
+    classes = {
+        "qwen3": transformers.Qwen3Config,
+        "qwen3_moe": transformers.Qwen3MoeConfig,
+        "llama": transformers.LlamaConfig,
+        "mistral": transformers.MistralConfig,
+    }
     return classes[family](**settings)
 
 
@@ -103,6 +131,8 @@ def _model_class(family: Family) -> Any:
 
     return {
         "qwen3": transformers.Qwen3ForCausalLM,
+        "qwen3_moe": transformers.Qwen3MoeForCausalLM,
         "qwen2": transformers.Qwen2ForCausalLM,
         "llama": transformers.LlamaForCausalLM,
+        "mistral": transformers.MistralForCausalLM,
     }[family]

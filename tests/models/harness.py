@@ -25,6 +25,15 @@ LAYOUTS: dict[str, Layout] = {
         "pipeline_model_parallel_size": 2,
         "sequence_parallel": True,
     },
+    "PP2-first1": {"pipeline_model_parallel_size": 2, "decoder_first_pipeline_num_layers": 1},
+    "EP2": {"expert_model_parallel_size": 2},
+    "TP2-EP2-SP": {"tensor_model_parallel_size": 2, "expert_model_parallel_size": 2, "sequence_parallel": True},
+    "TP2-ETP1-PP2-SP": {
+        "tensor_model_parallel_size": 2,
+        "expert_tensor_parallel_size": 1,
+        "pipeline_model_parallel_size": 2,
+        "sequence_parallel": True,
+    },
 }
 
 

@@ -66,7 +66,7 @@ def test_rope_parameters_and_stop_tokens_of_a_newer_file(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"architectures": ["GPT2LMHeadModel"]}, "GPT2LMHeadModel.*Qwen3ForCausalLM, Qwen2ForCausalLM"),
+        ({"architectures": ["GPT2LMHeadModel"]}, "GPT2LMHeadModel.*Qwen3ForCausalLM, Qwen3MoeForCausalLM"),
         (
             {"rope_scaling": {"type": "yarn", "factor": 4.0}},
             "'yarn' is not supported; supported: default, linear",
@@ -127,7 +127,16 @@ def test_settings_that_megatron_would_ignore_or_refuse(tmp_path):
 def test_parallel_config_checks_what_it_can():
     for settings, message in (
         ({"tensor_model_parallel_size": 0}, "--tensor-model-parallel-size must be at least 1, got 0"),
-        ({"context_parallel_size": 2}, "--context-parallel-size 2 is not yet supported"),
+        ({"expert_tensor_parallel_size": 0}, "--expert-tensor-parallel-size must be at least 1, got 0"),
+        ({"decoder_first_pipeline_num_layers": 1}, "no effect with --pipeline-model-parallel-size 1"),
+        (
+            {
+                "pipeline_model_parallel_size": 2,
+                "decoder_last_pipeline_num_layers": 1,
+                "account_for_loss_in_pipeline_split": True,
+            },
+            "--decoder-last-pipeline-num-layers and --account-for-loss-in-pipeline-split are two ways",
+        ),
         ({"sequence_parallel": True}, "no effect with --tensor-model-parallel-size 1"),
     ):
         with pytest.raises(ConfigError, match=message):

@@ -19,6 +19,21 @@ MODELS = {
     f"{family}-{'tied' if tied else 'untied'}": dict(family=family, tied=tied, head_dim=head_dim)
     for family, head_dim in (("qwen3", 32), ("qwen2", None), ("llama", 24))
     for tied in (False, True)
+} | {
+    "mistral": dict(family="mistral", head_dim=24),
+    "qwen3_moe": dict(family="qwen3_moe", dense_layers=(1,)),
+    "qwen3_moe-plain": dict(family="qwen3_moe", experts_per_token=3, normalize_experts=False, tied=True),
+    "llama-linear": dict(family="llama", rope_scaling={"rope_type": "linear", "factor": 4.0}),
+    "llama3.1": dict(
+        family="llama",
+        rope_scaling={
+            "rope_type": "llama3",
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 64,
+        },
+    ),
 }
 
 
