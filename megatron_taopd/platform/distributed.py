@@ -7,6 +7,7 @@ import os
 import random
 import types
 from datetime import timedelta
+from typing import Any
 
 import numpy
 import torch
@@ -214,6 +215,13 @@ def is_first_stage() -> bool:
 def is_last_stage() -> bool:
     """Whether this rank ends in hidden states and holds an LM head."""
     return _parallel_state().is_pipeline_last_stage()
+
+
+def tell_from_last_stage(value: Any) -> Any:
+    """The value of this pipeline's last stage, on all its stages; they call it together."""
+    box = [value]
+    dist.broadcast_object_list(box, src=last_stage_rank(), group=pipeline_parallel_group())
+    return box[0]
 
 
 def last_stage_rank() -> int:
