@@ -20,6 +20,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "a student's responses to a prompt file, as JSONL",
     ),
     "score": ("megatron_taopd.commands.score:score", "statistics, scores and keep mask of recorded rollouts"),
+    "convert": (
+        "megatron_taopd.commands.convert:convert",
+        "checkpoints: Hugging Face to Megatron and back; verify",
+    ),
     "doctor": ("megatron_taopd.commands.doctor:doctor", "what this machine has, and what will be used"),
 }
 
@@ -78,30 +82,29 @@ def _take_config_path(words: list[str]) -> tuple[list[str], str | None]:
     return words, None
 
 
-def run(words: Sequence[str]) -> None:
-    """Run a sub-command in this process; user errors are raised as ``TaopdError``."""
+def run(words: Sequence[str]) -> int:
+    """Run a sub-command in this process; user errors are raised as ``TaopdError``. Returns the exit status."""
     if not words or words[0] in ("-h", "--help", "help"):
         print(usage())
-        return
+        return 0
     if words[0] == "--version":
         print(__version__)
-        return
+        return 0
     name = words[0]
     if name not in COMMANDS:
         near = difflib.get_close_matches(name, COMMANDS, n=1)
         hint = f"; did you mean {near[0]}?" if near else ""
         raise ConfigError(f"unknown sub-command {name!r}{hint} Available: {', '.join(COMMANDS)}")
     module_name, function_name = COMMANDS[name][0].split(":")
-    getattr(importlib.import_module(module_name), function_name)(list(words[1:]))
+    return getattr(importlib.import_module(module_name), function_name)(list(words[1:])) or 0
 
 
 def main(words: Sequence[str] | None = None) -> int:
-    """Entry point of ``taopd``: exit status 0, or 2 after a user error, which is printed in one paragraph."""
+    """Entry point of ``taopd``: the command's exit status, or 2 after a user error, printed in one paragraph."""
     try:
-        run(sys.argv[1:] if words is None else words)
+        return run(sys.argv[1:] if words is None else words)
     except TaopdError as error:
         rank = os.environ.get("RANK")
         where = f" (rank {rank})" if rank not in (None, "0") else ""
         print(f"taopd: error{where}: {error}", file=sys.stderr, flush=True)
         return 2
-    return 0

@@ -60,9 +60,18 @@ def _iteration_of(name: str) -> int:
 
 def write_latest_iteration(directory: Path, iteration: int) -> None:
     """Replace the tracker file in one step."""
+    _write_tracker(directory, str(iteration))
+
+
+def write_latest_release(directory: Path) -> None:
+    """The same for a checkpoint in ``release``."""
+    _write_tracker(directory, RELEASE)
+
+
+def _write_tracker(directory: Path, text: str) -> None:
     aside = directory / f".{TRACKER}.partial"
     with open(aside, "w") as stream:
-        stream.write(f"{iteration}\n")
+        stream.write(f"{text}\n")
         stream.flush()
         os.fsync(stream.fileno())
     os.replace(aside, directory / TRACKER)

@@ -65,12 +65,7 @@ class HFWriter:
         """Write the rest, add configuration and tokenizer, and rename the directory into place."""
         self._flush()
         self._name_parts()
-        self._write_json("config.json", self._config(hf))
-        for source in sorted(source_dir.iterdir()):
-            if not source.name.startswith(_COPIED) or source.suffix == ".py":
-                continue
-            copy = shutil.copytree if source.is_dir() else shutil.copyfile
-            copy(source, self._aside / source.name)
+        write_companions(self._aside, hf, source_dir, self._dtype)
         if self.out_dir.exists():
             old = self._aside.with_suffix(".old")
             self.out_dir.rename(old)
@@ -86,24 +81,44 @@ class HFWriter:
         self._held, self._held_bytes = {}, 0
 
     def _name_parts(self) -> None:
-        count = len(self._parts)
-        if count == 1:
-            (self._aside / "part-1").rename(self._aside / "model.safetensors")
-            return
-        weight_map: dict[str, str] = {}
-        for number, names in enumerate(self._parts, start=1):
-            file = f"model-{number:05d}-of-{count:05d}.safetensors"
-            (self._aside / f"part-{number}").rename(self._aside / file)
-            weight_map |= dict.fromkeys(names, file)
-        self._write_json(
-            "model.safetensors.index.json",
-            {"metadata": {"total_size": self._total_bytes}, "weight_map": weight_map},
-        )
+        names = [weight_file_name(number, len(self._parts)) for number in range(len(self._parts))]
+        for number, name in enumerate(names):
+            (self._aside / f"part-{number + 1}").rename(self._aside / name)
+        if len(names) > 1:
+            weight_map = {tensor: name for name, part in zip(names, self._parts, strict=True) for tensor in part}
+            write_weight_index(self._aside, weight_map, self._total_bytes)
 
-    def _config(self, hf: HFModelConfig) -> dict[str, object]:
-        # transformers before 5 calls the field torch_dtype.
-        field = "torch_dtype" if "torch_dtype" in hf.raw and "dtype" not in hf.raw else "dtype"
-        return hf.raw | {field: self._dtype}
 
-    def _write_json(self, name: str, content: dict[str, object]) -> None:
-        (self._aside / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+def weight_file_name(number: int, count: int) -> str:
+    """Name of a weight file, counted from 0, of ``count``."""
+    return "model.safetensors" if count == 1 else f"model-{number + 1:05d}-of-{count:05d}.safetensors"
+
+
+def write_weight_index(directory: Path, weight_map: dict[str, str], total_bytes: int) -> None:
+    """Say which of several weight files holds each tensor."""
+    _write_json(
+        directory / "model.safetensors.index.json",
+        {"metadata": {"total_size": total_bytes}, "weight_map": weight_map},
+    )
+
+
+def write_companions(directory: Path, hf: HFModelConfig, source_dir: Path, dtype: str) -> None:
+    """Configuration, and the tokenizer and generation files of ``source_dir``.
+
+    Args:
+        dtype: of the weights, as config.json calls it.
+    """
+    # transformers before 5 calls the field torch_dtype.
+    field = "torch_dtype" if "torch_dtype" in hf.raw and "dtype" not in hf.raw else "dtype"
+    _write_json(directory / "config.json", hf.raw | {field: dtype})
+    for source in sorted(source_dir.iterdir()):
+        if not source.name.startswith(_COPIED) or source.suffix == ".py":
+            continue
+        if source.is_dir():
+            shutil.copytree(source, directory / source.name, dirs_exist_ok=True)
+        else:
+            shutil.copyfile(source, directory / source.name)
+
+
+def _write_json(file: Path, content: dict[str, object]) -> None:
+    file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
