@@ -13,7 +13,7 @@ from megatron_taopd.data.tokenizer import load_tokenizer
 from megatron_taopd.errors import ConfigError, DataError, ModelError
 from megatron_taopd.models import LoadedModel
 from megatron_taopd.rollout.config import RolloutConfig
-from megatron_taopd.rollout.megatron.controller import RolloutController
+from megatron_taopd.rollout.megatron.generation import Answer, Decoding, generate
 from megatron_taopd.rollout.megatron.module_state import ready_for_inference
 
 logger = logging.getLogger(__name__)
@@ -22,7 +22,7 @@ DEFAULT_BATCH_SIZE = 64
 
 
 class MegatronEngine:
-    """Generates with megatron-core's static batching, at any tensor- and pipeline-parallel layout.
+    """Generates with megatron-core's model and inference context, at any tensor- and pipeline-parallel layout.
 
     See :class:`megatron_taopd.rollout.base.RolloutEngine`. The module may be in the middle of training,
     inside DistributedDataParallel or not; it is in eval mode while it generates and as it was before
@@ -37,6 +37,7 @@ class MegatronEngine:
         seed: int,
         vocab_size: int | None = None,
         tokenizer: Any | None = None,
+        keep_hidden: bool = False,
         progress: Callable[[int, int], None] | None = None,
     ) -> None:
         """Set up an engine; nothing is allocated before it generates.
@@ -45,6 +46,8 @@ class MegatronEngine:
             vocab_size: ids from here on are never sampled; default: the student's real vocabulary.
             tokenizer: makes the text of the responses; default: that of the student's directory, if it has
                 one.
+            keep_hidden: rollouts carry the final hidden states that predicted their tokens, on last-stage ranks: H
+                numbers a token in the model's type.
             progress: called with responses done and in all after each batch of a ``generate``.
 
         Raises:
@@ -61,6 +64,7 @@ class MegatronEngine:
         self.seed = seed
         self.vocab_size = min(vocab_size or student.hf.vocab_size, student.hf.vocab_size)
         self.tokenizer = tokenizer if tokenizer is not None else load_tokenizer(student.hf.path)
+        self.keep_hidden = keep_hidden
         self.progress = progress
         if not student.hf.eos_token_ids:
             logger.warning(
@@ -79,27 +83,31 @@ class MegatronEngine:
         """
         for prompt in prompts:
             self._check(prompt)
-        # Megatron reads a batch up to its shortest prompt at once, and from there token by token.
+        decoding = Decoding(
+            seed=self.seed,
+            step=step,
+            vocab_size=self.vocab_size,
+            temperature=self.config.temperature,
+            top_p=self.config.top_p,
+            stop_tokens=self.student.hf.eos_token_ids,
+            max_response_length=self.config.max_response_length,
+            keep_hidden=self.keep_hidden,
+        )
+        # Like lengths together: the cache is as long as a batch's longest prompt. Equal prompts stay neighbours.
         by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i].tokens))
         size = self.config.rollout_batch_size or DEFAULT_BATCH_SIZE
         rollouts: dict[int, Rollout] = {}
         with ready_for_inference(self.student.module):
             for start in range(0, len(by_length), size):
                 batch = by_length[start : start + size]
-                answers = RolloutController(
+                answers = generate(
                     self.student.module,
                     [prompts[i].tokens for i in batch],
-                    sample_index=[sample_offset + i for i in batch],
-                    stop_tokens=self.student.hf.eos_token_ids,
-                    max_response_length=self.config.max_response_length,
-                    vocab_size=self.vocab_size,
-                    temperature=self.config.temperature,
-                    top_p=self.config.top_p,
-                    seed=self.seed,
-                    step=step,
-                ).run()
-                for i, (tokens, logprobs) in zip(batch, answers, strict=True):
-                    rollouts[i] = self._rollout(prompts[i], sample_offset + i, tokens, logprobs)
+                    [sample_offset + i for i in batch],
+                    decoding,
+                )
+                for i, answer in zip(batch, answers, strict=True):
+                    rollouts[i] = self._rollout(prompts[i], sample_offset + i, answer)
                 if self.progress is not None:
                     self.progress(start + len(batch), len(prompts))
         return [rollouts[i] for i in range(len(prompts))]
@@ -120,24 +128,25 @@ class MegatronEngine:
                 f"{self.student.hf.path}; lower that or --max-prompt-length"
             )
 
-    def _rollout(self, prompt: Prompt, sample_index: int, tokens: list[int], logprobs: list[float]) -> Rollout:
-        if not all(map(math.isfinite, logprobs)):
+    def _rollout(self, prompt: Prompt, sample_index: int, answer: Answer) -> Rollout:
+        if not all(map(math.isfinite, answer.logprobs)):
             raise ModelError(
                 f"the student's logits are not finite at prompt {prompt.id!r}: its weights are broken or "
                 "training diverged (a lower --lr, or --clip-grad)"
             )
         samples = self.config.num_samples_per_prompt
-        stopped = tokens[-1] in self.student.hf.eos_token_ids
+        stopped = answer.tokens[-1] in self.student.hf.eos_token_ids
         return Rollout(
             id=prompt.id if samples == 1 else f"{prompt.id}/{sample_index % samples}",
             prompt_tokens=prompt.tokens,
-            response_tokens=tokens,
-            response_logprobs=logprobs,
+            response_tokens=answer.tokens,
+            response_logprobs=answer.logprobs,
             finish_reason="stop" if stopped else "length",
             prompt=prompt.prompt,
             messages=prompt.messages,
-            response=None if self.tokenizer is None else self._text(tokens),
+            response=None if self.tokenizer is None else self._text(answer.tokens),
             extra=prompt.extra,
+            hidden_TH=answer.hidden_TH,
         )
 
     def _text(self, tokens: list[int]) -> str:
