@@ -25,6 +25,9 @@ class ModelPairConfig:
     """HF directory, or a Megatron checkpoint directory written by this project."""
     teacher: str
     """HF directory, or a Megatron checkpoint directory written by this project."""
+    teacher_dtype: Literal["bf16", "fp32"] | None = None
+    """Weights and activations of the teacher (default: the student's, see --bf16). bf16 beside an fp32 student halves
+    the teacher's memory."""
     allow_stop_token_mismatch: bool = False
     """Train although student and teacher stop on different token ids (this has collapsed runs)."""
 
@@ -56,6 +59,13 @@ class ScoringConfig:
     sampled with; needed where that is 0)."""
     logits_chunk_bytes: int = 64 * 2**20
     """Memory for one chunk of fp32 logits a model and rank. Memory never grows with tokens x vocabulary."""
+    score_from: Literal["forward", "rollout"] = "forward"
+    """Where scoring has the student's final hidden states from: a forward pass over the responses, or the generation
+    itself (--rollout-engine megatron), which then keeps a row of the hidden size a token; they differ by rounding."""
+    offload_teacher: bool = False
+    """Between scoring phases the teacher's weights wait in host memory; its LM head, which the loss needs, stays."""
+    offload_teacher_hidden: bool = False
+    """The teacher's hidden states wait in host memory until they are read."""
 
     def __post_init__(self) -> None:
         if self.distillation_temperature is not None and not self.distillation_temperature > 0:
@@ -246,6 +256,21 @@ class TrainConfig:
                 f"--num-samples-per-prompt {per_prompt}"
             )
         self.scoring.resolve_temperature(self.rollout.temperature)
+        self._check_score_from()
+
+    def _check_score_from(self) -> None:
+        if self.scoring.score_from != "rollout":
+            return
+        if self.rollout.rollout_engine != "megatron":
+            raise ConfigError(
+                "--score-from rollout takes the hidden states of the student's own generation, and --rollout-engine "
+                f"{self.rollout.rollout_engine} has none; use --score-from forward or --rollout-engine megatron"
+            )
+        if self.selection.selection_scope == "carried":
+            raise ConfigError(
+                "--score-from rollout has no effect with --selection-scope carried, which scores inside the training "
+                "forward; drop one of them"
+            )
 
 
 @dataclass(kw_only=True)
@@ -278,6 +303,11 @@ class ScoreConfig:
             raise ConfigError(f"--micro-batch-size {self.micro_batch_size} must be at least 1")
         if not self.temperature > 0:
             raise ConfigError(f"--temperature {self.temperature} must be positive: it divides the logits")
+        if self.selection.selection_scope != "global":
+            raise ConfigError(
+                f"--selection-scope {self.selection.selection_scope} has no steps to carry from in taopd score, which "
+                "scores one batch; use global"
+            )
 
 
 @dataclass(kw_only=True)

@@ -24,7 +24,7 @@ def run_scoring(config: ScoreConfig) -> None:
     from megatron_taopd.platform import distributed
     from megatron_taopd.training.pair import load_pair
     from megatron_taopd.training.score_table import gather_score_table, write_score_table
-    from megatron_taopd.training.scoring import score_micro_batches, select_rows
+    from megatron_taopd.training.scoring import RowReader, score_in_groups, select_rows
     from megatron_taopd.training.sources import even_share
 
     announce(config, "taopd score")
@@ -40,14 +40,12 @@ def run_scoring(config: ScoreConfig) -> None:
         sample_offset=place.start,
         length_multiple=parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1,
     )
-    scored = score_micro_batches(
-        pair,
-        pair.student.module,
+    reader = RowReader.from_config(
+        pair, config.selection, temperature=config.temperature, logits_chunk_bytes=config.logits_chunk_bytes
+    )
+    scored = score_in_groups(
+        reader,
         micro_batches,
-        config=config.selection,
-        temperature=config.temperature,
-        logits_chunk_bytes=config.logits_chunk_bytes,
-        keep_teacher_hidden=False,
         group_size=max(8, parallel.pipeline_model_parallel_size),
         progress=_show_progress if distributed.rank() == distributed.world_size() - 1 else None,
     )

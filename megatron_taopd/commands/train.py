@@ -35,7 +35,14 @@ def run_training(config: TrainConfig) -> None:
     batch, logging_config, checkpoint = config.batch, config.logging, config.checkpoint
     resolved = announce(config, "taopd train", save_to=logging_config.log_dir)
     local_batch_size(batch.global_batch_size, batch.micro_batch_size)
-    pair = load_pair(config.models, config.parallel, config.precision, train_student=True, recompute=config.recompute)
+    pair = load_pair(
+        config.models,
+        config.parallel,
+        config.precision,
+        train_student=True,
+        recompute=config.recompute,
+        offload_teacher=config.scoring.offload_teacher,
+    )
     source = open_source(config, pair)
     student = wrap_student(
         pair,

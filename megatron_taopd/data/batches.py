@@ -37,6 +37,8 @@ class MicroBatch:
     """int64; position in the response, from 0."""
     rollout_logprobs_R: torch.Tensor | None
     """float32; log-probabilities recorded at sampling, None where they were not."""
+    student_hidden_RH: torch.Tensor | None = None
+    """The student's final hidden states that predicted the response tokens, where the rollouts kept them."""
 
 
 def make_micro_batches(
@@ -119,4 +121,15 @@ def _micro_batch(
         sample_index_R=ids(sample_index),
         position_R=ids(position),
         rollout_logprobs_R=torch.tensor(logprobs, dtype=torch.float32, device=device) if with_logprobs else None,
+        student_hidden_RH=_kept_hidden(rollouts, device),
     )
+
+
+def _kept_hidden(rollouts: Sequence[Rollout], device: torch.device) -> torch.Tensor | None:
+    kept = [r.hidden_TH for r in rollouts if r.hidden_TH is not None]
+    if len(kept) < len(rollouts):
+        assert not kept, "some responses kept their hidden states and some did not"
+        return None
+    rows, tokens = [h.shape[0] for h in kept], [len(r.response_tokens) for r in rollouts]
+    assert rows == tokens, f"kept hidden states have {rows} rows and the responses {tokens} tokens"
+    return torch.cat(kept).to(device)

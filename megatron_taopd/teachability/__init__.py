@@ -1,5 +1,6 @@
 """From two models' logits to the positions worth training on: statistics, scores, selection."""
 
+from megatron_taopd.teachability.carried import CarriedEstimate
 from megatron_taopd.teachability.selection import Selection, SelectionConfig, select
 from megatron_taopd.teachability.selectors import SELECTORS, Ranking, ScoredPositions
 from megatron_taopd.teachability.statistics import (
@@ -11,6 +12,7 @@ from megatron_taopd.teachability.statistics import (
 
 __all__ = [
     "SELECTORS",
+    "CarriedEstimate",
     "Ranking",
     "ScoredPositions",
     "Selection",

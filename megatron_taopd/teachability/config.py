@@ -7,9 +7,10 @@ from typing import Literal
 
 from megatron_taopd.errors import ConfigError
 from megatron_taopd.registry import resolve
-from megatron_taopd.teachability.selectors import SELECTORS, USES_COMPATIBILITY
+from megatron_taopd.teachability.selectors import READS_NO_STATISTICS, SELECTORS, USES_COMPATIBILITY
 
 DEFAULT_KEEP_RATIO = 0.1
+DEFAULT_CARRIED_DECAY = 0.7
 
 
 @dataclass(kw_only=True)
@@ -35,8 +36,17 @@ class SelectionConfig:
     min_keep_per_sample: int | None = None
     """Every response keeps at least so many positions, its own best ones, over the budget if need be
     (default: 1)."""
-    selection_scope: Literal["global"] = "global"
-    """Quantiles and budget over the whole rollout batch."""
+    selection_scope: Literal["global", "carried"] = "global"
+    """global: quantiles and budget over the whole rollout batch, which the student reads once more to be scored.
+    carried: quantiles and the score's threshold are moving averages of earlier steps, so that scoring happens inside
+    the training forward and the student reads nothing twice; the budget is then met on average, not in each step.
+    The first step of a run is global. Selectors without statistics (full, prefix, random) stay exact."""
+    carried_decay: float | None = None
+    """Weight of the earlier steps in the moving averages of --selection-scope carried, in [0, 1); 0 takes the step
+    before alone (default: 0.7)."""
+    carried_agreement_interval: int | None = None
+    """Every so many iterations, report how far --selection-scope carried agrees with global on the same batch
+    (default: never)."""
 
     def __post_init__(self) -> None:
         resolve("selector", self.selector, SELECTORS)
@@ -46,6 +56,7 @@ class SelectionConfig:
             raise ConfigError(f"--support-k {self.support_k} must be at least 1; 16 is the method's default")
         if self.min_keep_per_sample is not None and self.min_keep_per_sample < 0:
             raise ConfigError(f"--min-keep-per-sample {self.min_keep_per_sample} must not be negative")
+        self._check_carried()
         if self.selector == "full":
             for name in ("keep_ratio", "min_keep_per_sample"):
                 if getattr(self, name) is not None:
@@ -61,6 +72,32 @@ class SelectionConfig:
                 f"{self.selector}, whose score has no C; drop it or use one of "
                 f"{', '.join(sorted(USES_COMPATIBILITY))}"
             )
+
+    def _check_carried(self) -> None:
+        for name in ("carried_decay", "carried_agreement_interval"):
+            value = getattr(self, name)
+            if value is None:
+                continue
+            flag = f"--{name.replace('_', '-')} {value}"
+            if self.selection_scope != "carried":
+                raise ConfigError(
+                    f"{flag} has no effect with --selection-scope {self.selection_scope}; set that to carried, or drop "
+                    "the flag"
+                )
+            if self.selector in READS_NO_STATISTICS:
+                raise ConfigError(
+                    f"{flag} has no effect with --selector {self.selector}, which reads no statistics and is exact "
+                    "without a scoring pass; drop it"
+                )
+        if self.carried_decay is not None and not 0 <= self.carried_decay < 1:
+            raise ConfigError(f"--carried-decay {self.carried_decay} must be in [0, 1); 1 would never learn anything")
+        if self.carried_agreement_interval is not None and self.carried_agreement_interval < 1:
+            raise ConfigError(f"--carried-agreement-interval {self.carried_agreement_interval} must be at least 1")
+
+    @property
+    def resolved_carried_decay(self) -> float:
+        """Weight of the earlier steps."""
+        return DEFAULT_CARRIED_DECAY if self.carried_decay is None else self.carried_decay
 
     @property
     def resolved_keep_ratio(self) -> float:

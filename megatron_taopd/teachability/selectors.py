@@ -146,3 +146,6 @@ USES_COMPATIBILITY = {
     "incompatible",
     "compatibility",
 }
+
+READS_NO_STATISTICS = {"full", "prefix", "random"}
+"""Selectors that need the places of the rows alone, and so no forward pass."""

@@ -1,4 +1,5 @@
-"""A forward pass over micro-batches through Megatron's schedule, without gradient, ending in hidden states."""
+"""Where models are called and rows of their hidden states picked; a pass without gradient through Megatron's
+schedule."""
 
 from __future__ import annotations
 
@@ -8,10 +9,33 @@ from typing import Any, TypeVar
 
 import torch
 from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.transformer import TransformerConfig
 
 from megatron_taopd.data.batches import MicroBatch
+from megatron_taopd.ops.rows import gather_rows
+from megatron_taopd.platform import distributed
 
 Result = TypeVar("Result")
+
+
+def call_model(module: torch.nn.Module, micro_batch: MicroBatch) -> torch.Tensor:
+    """This stage's output for a micro-batch: on the last stage final hidden states [S (/TP under SP), B, H]."""
+    return module(micro_batch.tokens_BS, micro_batch.position_ids_BS, None)
+
+
+def pick_rows(hidden_SBH: torch.Tensor, row_index_R: torch.Tensor, config: TransformerConfig) -> torch.Tensor:
+    """Rows [R, H] of final hidden states, replicated over the tensor-parallel ranks.
+
+    Args:
+        row_index_R: as in :class:`MicroBatch`, any part of it.
+        config: of the model that made the hidden states.
+    """
+    return gather_rows(
+        hidden_SBH,
+        row_index_R,
+        group=distributed.tensor_parallel_group(),
+        sequence_parallel=config.sequence_parallel,
+    )
 
 
 def forward_hidden(
@@ -36,8 +60,7 @@ def forward_hidden(
 
     def forward_step(data_iterator: Any, model: torch.nn.Module) -> tuple[torch.Tensor, Callable]:
         micro_batch = next(data_iterator)
-        hidden_SBH = model(micro_batch.tokens_BS, micro_batch.position_ids_BS, None)
-        return hidden_SBH, partial(finish, micro_batch)
+        return call_model(model, micro_batch), partial(finish, micro_batch)
 
     batch, length = micro_batches[0].tokens_BS.shape
     with torch.no_grad():

@@ -22,12 +22,13 @@ from megatron_taopd.data.batches import MicroBatch, make_micro_batches
 from megatron_taopd.data.records import Rollout
 from megatron_taopd.errors import ConfigError
 from megatron_taopd.platform import distributed
+from megatron_taopd.training.carried import CarriedScope
 from megatron_taopd.training.hooks.base import Hook
 from megatron_taopd.training.metrics import step_metrics
 from megatron_taopd.training.pair import ModelPair
-from megatron_taopd.training.scoring import score_micro_batches, select_rows
+from megatron_taopd.training.scopes import GlobalScope, SelectionScope
 from megatron_taopd.training.sources import ResponseSource
-from megatron_taopd.training.step import DistillationForwardStep, with_targets
+from megatron_taopd.training.step import DistillationForwardStep
 
 logger = logging.getLogger(__name__)
 
@@ -38,6 +39,8 @@ class TrainState:
 
     iteration: int = 0
     consumed_samples: int = 0
+    carried: dict[str, Any] | None = None
+    """What ``--selection-scope carried`` knows of earlier steps, as it was when the run started or resumed."""
 
 
 def local_batch_size(global_batch_size: int, micro_batch_size: int) -> int:
@@ -100,6 +103,9 @@ class Trainer:
             temperature=self.temperature,
             logits_chunk_bytes=config.scoring.logits_chunk_bytes,
         )
+        exact = GlobalScope(config, pair, student, temperature=self.temperature)
+        carried = config.selection.selection_scope == "carried"
+        self.scope: SelectionScope = CarriedScope(exact, self.state.carried) if carried else exact
         model_config = pair.student.config
         model_config.finalize_model_grads_func = finalize_model_grads
         model_config.grad_scale_func = optimizer.scale_loss
@@ -127,19 +133,9 @@ class Trainer:
         rolled_out = time.perf_counter()
 
         micro_batches = self.micro_batches(rollouts)
-        scored = score_micro_batches(
-            self.pair,
-            self.student,
-            micro_batches,
-            config=self.config.selection,
-            temperature=self.temperature,
-            logits_chunk_bytes=self.config.scoring.logits_chunk_bytes,
-            keep_teacher_hidden=True,
-        )
-        selection = None
-        if scored is not None:
-            selection = select_rows(scored, self.config.selection, seed=self.config.seed, step=step_number)
-        batches = with_targets(micro_batches, scored, selection, self.config.loss)
+        for rollout in rollouts:
+            rollout.hidden_TH = None  # the micro-batches have them now
+        batches = self.scope.before(micro_batches, step=step_number)
         scored_at = time.perf_counter()
 
         self.student.zero_grad_buffer()
@@ -158,6 +154,7 @@ class Trainer:
         learning_rate = self.optimizer.param_groups[0]["lr"]
         if updated:
             self.scheduler.step(increment=self.config.batch.global_batch_size)
+        outcome = self.scope.after(step=step_number)
         trained = time.perf_counter()
 
         self.state.iteration += 1
@@ -165,8 +162,8 @@ class Trainer:
         return step_metrics(
             iteration=self.state.iteration,
             rollouts=rollouts,
-            scored=scored,
-            selection=selection,
+            outcome=outcome,
+            keep_ratio_asked=self.config.selection.resolved_keep_ratio,
             reports=reports,
             loss_normalization=self.config.loss.loss_normalization,
             learning_rate=learning_rate,
@@ -192,4 +189,6 @@ class Trainer:
 
     def state_dict(self) -> dict[str, Any]:
         """Plain values that a checkpoint keeps beside weights and optimizer."""
-        return {"iteration": self.state.iteration, "consumed_samples": self.state.consumed_samples}
+        counts = {"iteration": self.state.iteration, "consumed_samples": self.state.consumed_samples}
+        carried = self.scope.state()
+        return counts if carried is None else {**counts, "carried": carried}

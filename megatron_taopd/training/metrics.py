@@ -6,14 +6,12 @@ Everything is a sum until the end, then divided once by a global count, so that 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 
 from megatron_taopd.data.records import Rollout
 from megatron_taopd.platform import device, distributed
-from megatron_taopd.teachability import Selection
-from megatron_taopd.training.scoring import ScoredRows
+from megatron_taopd.training.scopes import Outcome
 
 MEAN_STATISTICS = {
     "mean_D": "D",
@@ -32,8 +30,8 @@ def step_metrics(
     *,
     iteration: int,
     rollouts: Sequence[Rollout],
-    scored: ScoredRows | None,
-    selection: Selection | None,
+    outcome: Outcome,
+    keep_ratio_asked: float,
     reports: Sequence[dict[str, torch.Tensor]],
     loss_normalization: str,
     learning_rate: float,
@@ -45,12 +43,14 @@ def step_metrics(
 
     Args:
         rollouts: responses of this replica.
-        scored, selection: of this rank, None off the last stage.
+        outcome: what was scored and kept on this rank.
+        keep_ratio_asked: the budget of the configuration.
         reports: what the loss function reported, a dictionary a micro-batch; empty off the last stage.
         times: seconds of the parts of the step, as this rank saw them; the slowest rank's are reported.
     """
     sums: dict[str, float] = {}
     summary: dict[str, float] = {}
+    scored, selection = outcome.scored, outcome.selection
     if scored is not None and selection is not None:
         statistics = scored.statistics
         sums["num_valid_tokens"] = selection.keep.numel()
@@ -68,7 +68,7 @@ def step_metrics(
                 sums[f"loss/{name}"] = sums.get(f"loss/{name}", 0.0) + float(value)
         sums = _sum_over_replicas(sums)
         summary = {k: float(v) for k, v in selection.summary.items() if isinstance(v, int | float)}
-    sums, summary = _tell_from_last_stage((sums, summary))
+    sums, summary = distributed.tell_from_last_stage((sums, summary))
 
     valid, kept = sums["num_valid_tokens"], sums["num_kept_tokens"]
     count = kept if loss_normalization == "kept" else valid
@@ -81,10 +81,12 @@ def step_metrics(
         "num_valid_tokens": valid,
         "num_kept_tokens": kept,
         "keep_ratio": kept / max(valid, 1.0),
+        "keep_ratio_asked": keep_ratio_asked,
         **{name: sums[name] / max(valid, 1.0) for name in MEAN_STATISTICS},
         "kept_kl_forward": sums["kept_kl_forward"] / max(kept, 1.0),
         "response_length": sums["response_tokens"] / max(sums["responses"], 1.0),
         "stop_share": sums["stopped"] / max(sums["responses"], 1.0),
+        "student_scoring_forwards": outcome.student_scoring_forwards,
         **slowest,
         "tokens_per_second": (sums["response_tokens"] + sums["prompt_tokens"]) / slowest["time_step"],
         "skipped": float(skipped),
@@ -107,14 +109,6 @@ def _sum_over_replicas(sums: dict[str, float]) -> dict[str, float]:
         for name, value in part.items():
             total[name] = total.get(name, 0.0) + value
     return total
-
-
-def _tell_from_last_stage(values: Any) -> Any:
-    group = distributed.pipeline_parallel_group()
-    box = [values]
-    last = torch.distributed.get_process_group_ranks(group)[-1]
-    torch.distributed.broadcast_object_list(box, src=last, group=group)
-    return box[0]
 
 
 def _maximum(times: dict[str, float]) -> dict[str, float]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,8 +13,9 @@ from megatron_taopd.config import ModelPairConfig, PrecisionConfig, RecomputeCon
 from megatron_taopd.data.tokenizer import check_tokenizers_agree, load_tokenizer
 from megatron_taopd.models import LoadedModel, load_hf_config, load_model, pad_vocab_size
 from megatron_taopd.ops.head import HeadShard
-from megatron_taopd.platform import distributed
+from megatron_taopd.platform import device, distributed, has_cuda
 from megatron_taopd.platform.layout import ParallelConfig
+from megatron_taopd.training.offload import OffloadedWeights
 
 logger = logging.getLogger(__name__)
 
@@ -28,6 +30,12 @@ class ModelPair:
     """Common real vocabulary: ids below it exist in both models."""
     tokenizer: Any | None
     """Tokenizer of the pair, or None where neither directory has one (token ids only)."""
+    offloaded: OffloadedWeights | None = None
+    """The teacher's weights but for its LM head, where they live in host memory."""
+
+    def teacher_on_device(self) -> AbstractContextManager[None]:
+        """The block in which the teacher may run a forward pass. Its LM head can be used outside, too."""
+        return nullcontext() if self.offloaded is None else self.offloaded.on_device()
 
     def student_head(self) -> HeadShard:
         """LM-head shard of the student; on the last pipeline stage only."""
@@ -46,6 +54,13 @@ def params_dtype(precision: PrecisionConfig) -> torch.dtype:
     return torch.bfloat16 if precision.bf16 else torch.float32
 
 
+def teacher_params_dtype(models: ModelPairConfig, precision: PrecisionConfig) -> torch.dtype:
+    """Type of the teacher's weights and activations."""
+    if models.teacher_dtype is None:
+        return params_dtype(precision)
+    return {"bf16": torch.bfloat16, "fp32": torch.float32}[models.teacher_dtype]
+
+
 def precision_overrides(precision: PrecisionConfig) -> dict[str, Any]:
     """TransformerConfig fields of the number formats."""
     if precision.fp8_format is None:
@@ -60,9 +75,12 @@ def load_pair(
     *,
     train_student: bool,
     recompute: RecomputeConfig | None = None,
-    max_response_tokens_hint: int | None = None,
+    offload_teacher: bool = False,
 ) -> ModelPair:
-    """Check that the two models can be compared token by token, then load both at this rank's place.
+    """Check that the two models can be compared token by token, then load one after the other at this rank's place.
+
+    Args:
+        offload_teacher: the teacher's weights live in host memory outside ``ModelPair.teacher_on_device``.
 
     Raises:
         TokenizerMismatchError: an id means different tokens, or the stop tokens differ.
@@ -89,11 +107,10 @@ def load_pair(
             recompute_method=recompute.recompute_method,
             recompute_num_layers=recompute.recompute_num_layers,
         )
-    dtype = params_dtype(precision)
     student = load_model(
         models.student,
         parallel,
-        params_dtype=dtype,
+        params_dtype=params_dtype(precision),
         padded_vocab_size=padded,
         trainable=train_student,
         overrides=student_overrides,
@@ -101,9 +118,29 @@ def load_pair(
     teacher = load_model(
         models.teacher,
         parallel,
-        params_dtype=dtype,
+        params_dtype=teacher_params_dtype(models, precision),
         padded_vocab_size=padded,
         trainable=False,
         overrides=overrides,
     )
-    return ModelPair(student=student, teacher=teacher, vocab_size=vocab_size, tokenizer=tokenizer)
+    return ModelPair(
+        student=student,
+        teacher=teacher,
+        vocab_size=vocab_size,
+        tokenizer=tokenizer,
+        offloaded=_offload(teacher) if offload_teacher and can_offload("--offload-teacher") else None,
+    )
+
+
+def can_offload(flag: str) -> bool:
+    """Whether there is device memory to save; says so in a warning where there is none."""
+    if not has_cuda():
+        logger.warning("%s: this machine has no GPU, so everything is in host memory already", flag)
+    return has_cuda()
+
+
+def _offload(teacher: LoadedModel) -> OffloadedWeights:
+    head = [teacher.module.head_weight()] if distributed.is_last_stage() else []
+    offloaded = OffloadedWeights(teacher.module, device=device(), stay=head)
+    logger.info("teacher: %.2f GiB of weights a rank wait in host memory", offloaded.num_bytes / 2**30)
+    return offloaded

@@ -37,5 +37,7 @@ def resume(
     loaded = load_checkpoint(directory, module=[student], optimizer=optimizer, scheduler=scheduler)
     logger.info("resumed from iteration %d of %s", loaded.iteration, directory)
     return TrainState(
-        iteration=loaded.extra_state["iteration"], consumed_samples=loaded.extra_state["consumed_samples"]
+        iteration=loaded.extra_state["iteration"],
+        consumed_samples=loaded.extra_state["consumed_samples"],
+        carried=loaded.extra_state.get("carried"),
     )

@@ -1,4 +1,4 @@
-"""The scoring phase: teacher and student read the responses, token statistics come out, a keep mask is chosen."""
+"""The scoring phase: teacher and student read the responses, token statistics come out."""
 
 from __future__ import annotations
 
@@ -9,17 +9,18 @@ from functools import partial
 import torch
 
 from megatron_taopd.data.batches import MicroBatch
-from megatron_taopd.ops.rows import gather_rows
 from megatron_taopd.platform import distributed
 from megatron_taopd.teachability import (
     Selection,
     SelectionConfig,
+    SupportMode,
     TokenStatistics,
     concat_statistics,
     select,
     token_statistics,
 )
-from megatron_taopd.training.forward import forward_hidden
+from megatron_taopd.training.forward import forward_hidden, pick_rows
+from megatron_taopd.training.offload import HeldRows
 from megatron_taopd.training.pair import ModelPair
 
 
@@ -27,7 +28,7 @@ from megatron_taopd.training.pair import ModelPair
 class ScoredRows:
     """Every response position of this replica, in micro-batch order; exists on last-stage ranks only.
 
-    R rows, H hidden size of the teacher.
+    R rows.
     """
 
     statistics: TokenStatistics
@@ -38,65 +39,115 @@ class ScoredRows:
     position_R: torch.Tensor
     """Position in the response, from 0."""
     rows_per_micro_batch: list[int]
-    teacher_hidden: list[torch.Tensor]
-    """Final hidden states [R_i, H] of each micro-batch's rows; empty where they were not asked for."""
 
 
-def score_micro_batches(
-    pair: ModelPair,
-    student_module: torch.nn.Module,
-    micro_batches: Sequence[MicroBatch],
-    *,
-    config: SelectionConfig,
-    temperature: float,
-    logits_chunk_bytes: int,
-    keep_teacher_hidden: bool,
-    group_size: int | None = None,
-    progress: Callable[[int, int], None] | None = None,
-) -> ScoredRows | None:
-    """Token statistics of every response position of this replica's micro-batches.
+@dataclass(frozen=True, kw_only=True)
+class RowReader:
+    """Token statistics of a micro-batch's rows from both models' hidden states; last-stage ranks call it together."""
 
-    The teacher goes first and leaves hidden states [rows, H]; the student's are consumed micro-batch by micro-batch.
+    pair: ModelPair
+    support_k: int
+    support_mode: SupportMode
+    temperature: float
+    logits_chunk_bytes: int
 
-    Args:
-        group_size: micro-batches a pass through both models (default: all in one). Without
-            ``keep_teacher_hidden`` this bounds the teacher's hidden states that are held.
-        progress: called with micro-batches done and in all, after each group.
-
-    Returns:
-        The scored rows on last-stage ranks, None on the others.
-    """
-    group_size = group_size or len(micro_batches)
-    parts: list[TokenStatistics] = []
-    kept_hidden: list[torch.Tensor] = []
-
-    def statistics(
-        teacher_rows: Iterator[torch.Tensor], micro_batch: MicroBatch, hidden_SBH: torch.Tensor
+    def __call__(
+        self, micro_batch: MicroBatch, student_hidden_RH: torch.Tensor, teacher_hidden_RH: torch.Tensor
     ) -> TokenStatistics:
         return token_statistics(
-            _rows(micro_batch, hidden_SBH, pair.student.config.sequence_parallel),
-            next(teacher_rows),
+            student_hidden_RH,
+            teacher_hidden_RH,
             micro_batch.token_ids_R,
-            pair.student_head(),
-            pair.teacher_head(),
-            k=config.support_k,
-            temperature=temperature,
+            self.pair.student_head(),
+            self.pair.teacher_head(),
+            k=self.support_k,
+            temperature=self.temperature,
+            support_mode=self.support_mode,
+            logits_chunk_bytes=self.logits_chunk_bytes,
+        )
+
+    @classmethod
+    def from_config(
+        cls, pair: ModelPair, config: SelectionConfig, *, temperature: float, logits_chunk_bytes: int
+    ) -> RowReader:
+        """As the flags of selection say."""
+        return cls(
+            pair=pair,
+            support_k=config.support_k,
             support_mode=config.support_mode,
+            temperature=temperature,
             logits_chunk_bytes=logits_chunk_bytes,
         )
 
+
+def read_teacher(pair: ModelPair, micro_batches: Sequence[MicroBatch], *, on_host: bool = False) -> list[HeldRows]:
+    """The teacher's final hidden states of each micro-batch's response rows; an empty list off the last stage.
+
+    Args:
+        on_host: they wait in host memory.
+    """
+
+    def hold(micro_batch: MicroBatch, hidden_SBH: torch.Tensor) -> HeldRows:
+        return HeldRows(pick_rows(hidden_SBH, micro_batch.row_index_R, pair.teacher.config), on_host=on_host)
+
+    with pair.teacher_on_device():
+        return forward_hidden(pair.teacher.module, micro_batches, hold)
+
+
+def score_micro_batches(
+    reader: RowReader,
+    student_module: torch.nn.Module,
+    micro_batches: Sequence[MicroBatch],
+    teacher_rows: Sequence[HeldRows],
+) -> list[TokenStatistics]:
+    """Statistics of every response position, micro-batch by micro-batch; an empty list off the last stage.
+
+    The student makes a forward pass, and its hidden states are held for one micro-batch at a time; or it makes none,
+    where the micro-batches carry the hidden states of the rollout.
+    """
+
+    def score(teacher: Iterator[HeldRows], micro_batch: MicroBatch, hidden_SBH: torch.Tensor) -> TokenStatistics:
+        student_RH = pick_rows(hidden_SBH, micro_batch.row_index_R, reader.pair.student.config)
+        return reader(micro_batch, student_RH, next(teacher).read())
+
+    return forward_hidden(student_module, micro_batches, partial(score, iter(teacher_rows)))
+
+
+def score_from_rollout(
+    reader: RowReader, micro_batches: Sequence[MicroBatch], teacher_rows: Sequence[HeldRows]
+) -> list[TokenStatistics]:
+    """The same without a forward pass of the student, from the hidden states that the rollout kept. They are let go."""
+    parts = []
+    for micro_batch, teacher in zip(micro_batches, teacher_rows, strict=False):  # no teacher rows off the last stage
+        assert micro_batch.student_hidden_RH is not None, "the rollout keeps hidden states on last-stage ranks"
+        parts.append(reader(micro_batch, micro_batch.student_hidden_RH, teacher.read()))
+        micro_batch.student_hidden_RH = None
+    return parts
+
+
+def score_in_groups(
+    reader: RowReader,
+    micro_batches: Sequence[MicroBatch],
+    *,
+    group_size: int,
+    progress: Callable[[int, int], None] | None = None,
+) -> ScoredRows | None:
+    """Statistics of many micro-batches, with the teacher's rows of ``group_size`` of them held at a time.
+
+    Args:
+        progress: called with micro-batches done and in all, after each group.
+    """
+    parts: list[TokenStatistics] = []
     for start in range(0, len(micro_batches), group_size):
         group = micro_batches[start : start + group_size]
-        teacher_hidden = forward_hidden(
-            pair.teacher.module,
-            group,
-            lambda micro_batch, hidden_SBH: _rows(micro_batch, hidden_SBH, pair.teacher.config.sequence_parallel),
-        )
-        parts += forward_hidden(student_module, group, partial(statistics, iter(teacher_hidden)))
-        if keep_teacher_hidden:
-            kept_hidden += teacher_hidden
+        parts += score_micro_batches(reader, reader.pair.student.module, group, read_teacher(reader.pair, group))
         if progress is not None:
             progress(start + len(group), len(micro_batches))
+    return collect_rows(micro_batches, parts)
+
+
+def collect_rows(micro_batches: Sequence[MicroBatch], parts: Sequence[TokenStatistics]) -> ScoredRows | None:
+    """Rows of all micro-batches in order; None off the last stage."""
     if not distributed.is_last_stage():
         return None
     return ScoredRows(
@@ -105,16 +156,6 @@ def score_micro_batches(
         sample_index_R=torch.cat([m.sample_index_R for m in micro_batches]),
         position_R=torch.cat([m.position_R for m in micro_batches]),
         rows_per_micro_batch=[m.token_ids_R.numel() for m in micro_batches],
-        teacher_hidden=kept_hidden,
-    )
-
-
-def _rows(micro_batch: MicroBatch, hidden_SBH: torch.Tensor, sequence_parallel: bool) -> torch.Tensor:
-    return gather_rows(
-        hidden_SBH,
-        micro_batch.row_index_R,
-        group=distributed.tensor_parallel_group(),
-        sequence_parallel=sequence_parallel,
     )
 
 

@@ -89,7 +89,12 @@ def open_source(config: TrainConfig, pair: ModelPair) -> ResponseSource:
         )
     prompts = read_prompts(config.data, pair.tokenizer)
     engine = MegatronEngine(
-        pair.student, rollout, seed=config.seed, vocab_size=pair.vocab_size, tokenizer=pair.tokenizer
+        pair.student,
+        rollout,
+        seed=config.seed,
+        vocab_size=pair.vocab_size,
+        tokenizer=pair.tokenizer,
+        keep_hidden=config.scoring.score_from == "rollout",
     )
     return GeneratedResponses(
         PromptSource(prompts, seed=config.seed), engine, samples_per_prompt=rollout.num_samples_per_prompt

@@ -10,11 +10,9 @@ import torch
 
 from megatron_taopd.data.batches import MicroBatch
 from megatron_taopd.losses import LossConfig, distillation_loss
-from megatron_taopd.ops.rows import gather_rows
-from megatron_taopd.platform import distributed
-from megatron_taopd.teachability import Selection
+from megatron_taopd.training.forward import call_model, pick_rows
+from megatron_taopd.training.offload import HeldRows
 from megatron_taopd.training.pair import ModelPair
-from megatron_taopd.training.scoring import ScoredRows
 
 
 @dataclass(kw_only=True)
@@ -26,44 +24,39 @@ class KeptTargets:
     token_ids_K: torch.Tensor
     old_logprobs_K: torch.Tensor
     """log p_s(y) of the policy that sampled the token (nats)."""
-    teacher_hidden_KH: torch.Tensor
+    teacher_rows_KH: HeldRows
     num_tokens: int
     """What this micro-batch adds to the count the loss is divided by: kept tokens, or valid ones."""
 
 
 @dataclass(kw_only=True)
 class TrainMicroBatch:
-    """A micro-batch of tokens; with its targets on last-stage ranks."""
+    """A micro-batch of tokens; on last-stage ranks with its targets, or with what makes them."""
 
     tokens: MicroBatch
-    targets: KeptTargets | None
+    targets: KeptTargets | None = None
+    choose: Callable[[torch.Tensor], KeptTargets] | None = None
+    """Targets from the student's hidden states, where the choice is made inside the training forward."""
 
 
-def with_targets(
-    micro_batches: list[MicroBatch],
-    scored: ScoredRows | None,
-    selection: Selection | None,
+def keep_targets(
+    micro_batch: MicroBatch,
+    keep_R: torch.Tensor,
+    student_logprob_R: torch.Tensor,
+    teacher_rows: HeldRows,
     config: LossConfig,
-) -> list[TrainMicroBatch]:
-    """Attach the kept positions to their micro-batches. Teacher hidden states of the other rows are let go."""
-    if scored is None or selection is None:
-        return [TrainMicroBatch(tokens=m, targets=None) for m in micro_batches]
-    keeps = selection.keep.split(scored.rows_per_micro_batch)
-    student_logprobs = scored.statistics.student_logprob.split(scored.rows_per_micro_batch)
-    result = []
-    for i, (micro_batch, keep, student_logprob) in enumerate(zip(micro_batches, keeps, student_logprobs, strict=True)):
-        recorded = micro_batch.rollout_logprobs_R
-        old_logprobs = student_logprob if recorded is None else recorded
-        targets = KeptTargets(
-            row_index_K=micro_batch.row_index_R[keep],
-            token_ids_K=micro_batch.token_ids_R[keep],
-            old_logprobs_K=old_logprobs[keep],
-            teacher_hidden_KH=scored.teacher_hidden[i][keep],
-            num_tokens=int(keep.sum()) if config.loss_normalization == "kept" else keep.numel(),
-        )
-        scored.teacher_hidden[i] = targets.teacher_hidden_KH
-        result.append(TrainMicroBatch(tokens=micro_batch, targets=targets))
-    return result
+) -> KeptTargets:
+    """The kept positions of a micro-batch. The teacher's hidden states of the other rows are let go."""
+    recorded = micro_batch.rollout_logprobs_R
+    old_logprobs_R = student_logprob_R if recorded is None else recorded
+    teacher_rows.keep(keep_R)
+    return KeptTargets(
+        row_index_K=micro_batch.row_index_R[keep_R],
+        token_ids_K=micro_batch.token_ids_R[keep_R],
+        old_logprobs_K=old_logprobs_R[keep_R],
+        teacher_rows_KH=teacher_rows,
+        num_tokens=int(keep_R.sum()) if config.loss_normalization == "kept" else keep_R.numel(),
+    )
 
 
 @dataclass(kw_only=True)
@@ -84,23 +77,17 @@ class DistillationForwardStep:
         self, data_iterator: Iterator[TrainMicroBatch], model: torch.nn.Module
     ) -> tuple[torch.Tensor, Callable]:
         batch = next(data_iterator)
-        hidden_SBH = model(batch.tokens.tokens_BS, batch.tokens.position_ids_BS, None)
-        return hidden_SBH, partial(self.loss_func, batch.targets)
+        return call_model(model, batch.tokens), partial(self.loss_func, batch)
 
     def loss_func(
-        self, targets: KeptTargets | None, hidden_SBH: torch.Tensor
+        self, batch: TrainMicroBatch, hidden_SBH: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
         """Loss of the kept rows of one micro-batch; called on the last stage."""
+        targets = batch.targets if batch.choose is None else batch.choose(hidden_SBH.detach())
         assert targets is not None, "last-stage ranks have targets"
-        student_hidden_KH = gather_rows(
-            hidden_SBH,
-            targets.row_index_K,
-            group=distributed.tensor_parallel_group(),
-            sequence_parallel=self.pair.student.config.sequence_parallel,
-        )
         loss_sum, metrics = distillation_loss(
-            student_hidden_KH,
-            targets.teacher_hidden_KH,
+            pick_rows(hidden_SBH, targets.row_index_K, self.pair.student.config),
+            targets.teacher_rows_KH.read(),
             targets.token_ids_K,
             targets.old_logprobs_K,
             self.pair.student_head(),

@@ -1,0 +1,94 @@
+"""How a step's kept positions are found: before the training forward over the whole batch, or inside it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+
+from megatron_taopd.config import TrainConfig
+from megatron_taopd.data.batches import MicroBatch
+from megatron_taopd.teachability import Selection
+from megatron_taopd.training.pair import ModelPair, can_offload
+from megatron_taopd.training.scoring import (
+    RowReader,
+    ScoredRows,
+    collect_rows,
+    read_teacher,
+    score_from_rollout,
+    score_micro_batches,
+    select_rows,
+)
+from megatron_taopd.training.step import TrainMicroBatch, keep_targets
+
+
+@dataclass(kw_only=True)
+class Outcome:
+    """What a step scored and kept on this rank; None off the last stage."""
+
+    scored: ScoredRows | None
+    selection: Selection | None
+    student_scoring_forwards: int
+    """Forward passes over the batch that the student made for scoring alone."""
+
+
+class SelectionScope(Protocol):
+    """Called by every rank around the training forward of a step."""
+
+    def before(self, micro_batches: Sequence[MicroBatch], *, step: int) -> list[TrainMicroBatch]:
+        """Ahead of the training forward: micro-batches with targets, or with what makes them."""
+
+    def after(self, *, step: int) -> Outcome:
+        """Behind the optimizer step."""
+
+    def state(self) -> dict[str, Any] | None:
+        """Plain values that a checkpoint keeps, the same on every rank; None where nothing outlives a step."""
+
+
+class GlobalScope:
+    """Both models read the batch, then quantiles and budget are taken over all of it."""
+
+    def __init__(self, config: TrainConfig, pair: ModelPair, student: torch.nn.Module, *, temperature: float) -> None:
+        self.config = config
+        self.pair = pair
+        self.student = student
+        self.reader = RowReader.from_config(
+            pair,
+            config.selection,
+            temperature=temperature,
+            logits_chunk_bytes=config.scoring.logits_chunk_bytes,
+        )
+        self.rows_on_host = config.scoring.offload_teacher_hidden and can_offload("--offload-teacher-hidden")
+        self.outcome: Outcome | None = None
+
+    def before(self, micro_batches: Sequence[MicroBatch], *, step: int) -> list[TrainMicroBatch]:
+        teacher_rows = read_teacher(self.pair, micro_batches, on_host=self.rows_on_host)
+        from_rollout = self.config.scoring.score_from == "rollout"
+        if from_rollout:
+            parts = score_from_rollout(self.reader, micro_batches, teacher_rows)
+        else:
+            parts = score_micro_batches(self.reader, self.student, micro_batches, teacher_rows)
+        scored, selection = collect_rows(micro_batches, parts), None
+        if scored is not None:
+            selection = select_rows(scored, self.config.selection, seed=self.config.seed, step=step)
+        self.outcome = Outcome(scored=scored, selection=selection, student_scoring_forwards=int(not from_rollout))
+        if scored is None or selection is None:
+            return [TrainMicroBatch(tokens=micro_batch) for micro_batch in micro_batches]
+        keeps = selection.keep.split(scored.rows_per_micro_batch)
+        return [
+            TrainMicroBatch(
+                tokens=micro_batch,
+                targets=keep_targets(micro_batch, keep, part.student_logprob, teacher, self.config.loss),
+            )
+            for micro_batch, keep, part, teacher in zip(micro_batches, keeps, parts, teacher_rows, strict=True)
+        ]
+
+    def after(self, *, step: int) -> Outcome:
+        assert self.outcome is not None, "after() follows before()"
+        outcome, self.outcome = self.outcome, None
+        return outcome
+
+    def state(self) -> dict[str, Any] | None:
+        return None
