@@ -17,7 +17,13 @@ from megatron_taopd.models import load_hf_config
 from megatron_taopd.testing.tiny_models import save_tiny_hf_model
 from tests.models import harness
 
-FAMILIES = {"qwen3": (True, 32), "qwen2": (False, None), "llama": (False, 24)}
+FAMILIES = {
+    "qwen3": (True, 32),
+    "qwen2": (False, None),
+    "llama": (False, 24),
+    "mistral": (True, None),
+    "qwen3_moe": (False, 24),
+}
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,9 @@ EPSILON = 1e-12  # what the released code takes for a probability that is missin
 
 
 def load_float64(path: Path) -> torch.nn.Module:
-    return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float64, attn_implementation="eager").eval()
+    # grouped products of experts are not there in float64
+    implementations = {"attn_implementation": "eager", "experts_implementation": "eager"}
+    return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float64, **implementations).eval()
 
 
 def read_jsonl(path: Path) -> list[dict]:

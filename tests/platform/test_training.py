@@ -10,11 +10,13 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from megatron_taopd.convert import export_hf
+from megatron_taopd.errors import ConfigError
 from megatron_taopd.testing.tiny_models import save_tiny_hf_model
 from tests.models import harness
 from tests.platform import training
+from tests.transformers_experts import per_expert
 
-MODELS = {"qwen3-tied": ("qwen3", True), "qwen2-untied": ("qwen2", False)}
+MODELS = {"qwen3-tied": ("qwen3", True), "qwen2-untied": ("qwen2", False), "qwen3_moe": ("qwen3_moe", False)}
 
 
 @pytest.fixture(scope="module")
@@ -37,21 +39,28 @@ def _sgd_step(models: dict[str, str], layout: str, out: str) -> dict[str, float]
 
 
 def _reference_gradient(path: str) -> dict[str, torch.Tensor]:
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float64)
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float64, experts_implementation="eager")
     tokens = training.samples(model.config.vocab_size).flatten(0, 1)
     logits = model(tokens[:, :-1]).logits
     padding = logits.new_zeros(*logits.shape[:2], 512 - logits.shape[2])
     # The tests' loss counts the zero logits of the padded vocabulary, so the reference does.
     log_probs = torch.cat([logits, padding], dim=-1).log_softmax(-1)
     (-log_probs.gather(-1, tokens[:, 1:, None]).mean()).backward()
-    return {name: weight.grad for name, weight in model.named_parameters()}
+    return per_expert({name: weight.grad for name, weight in model.named_parameters()})
+
+
+def _trained_here(name: str, sizes: harness.Layout) -> bool:
+    if "moe" in name:
+        return sizes.get("tensor_model_parallel_size", 1) == 1 or "sequence_parallel" in sizes
+    return not any(size.startswith("expert") for size in sizes)
 
 
 def test_one_sgd_step_moves_every_tensor_by_its_gradient(pool, models, tmp_path):
     gradients = {name: _reference_gradient(path) for name, path in models.items()}
-    for layout in harness.LAYOUTS:
-        norms = pool(4).run(_sgd_step, models, layout, str(tmp_path))
-        for name, path in models.items():
+    for layout, sizes in harness.LAYOUTS.items():
+        chosen = {name: path for name, path in models.items() if _trained_here(name, sizes)}
+        norms = pool(4).run(_sgd_step, chosen, layout, str(tmp_path))
+        for name, path in chosen.items():
             before = load_file(Path(path) / "model.safetensors")
             after = load_file(tmp_path / layout / name / "model.safetensors")
             assert before.keys() == after.keys() == gradients[name].keys()
@@ -61,6 +70,16 @@ def test_one_sgd_step_moves_every_tensor_by_its_gradient(pool, models, tmp_path)
                 assert error < 1e-3, (layout, name, tensor, float(error))
             norm = torch.stack([gradient.norm() for gradient in gradients[name].values()]).norm()
             assert all(abs(rank[name] / norm - 1) < 1e-4 for rank in norms), (layout, name)
+
+
+def _train_experts_without_sequence_parallelism(path: str) -> None:
+    parallel = harness.start("TP2")
+    with pytest.raises(ConfigError, match="trains them with --sequence-parallel only"):
+        harness.load(path, parallel, trainable=True)
+
+
+def test_experts_need_sequence_parallelism_to_train(pool, models):
+    pool(4).run(_train_experts_without_sequence_parallelism, models["qwen3_moe"])
 
 
 def _losses(path: str, layout: str, dtype: str, steps: int, distributed_optimizer: bool) -> list[float] | None:
