@@ -55,11 +55,11 @@ def hf_to_megatron(config: HFToMegatronConfig) -> int:
     announce(config, "taopd convert hf-to-megatron")
     made = convert_to_megatron(
         config.source,
-        config.to.output,
-        dtype=_dtype(config.to.dtype),
+        config.writing.output,
+        dtype=_dtype(config.writing.dtype),
         make_vocab_size_divisible_by=config.make_vocab_size_divisible_by,
         max_shard_bytes=parse_size("--max-shard-size", config.max_shard_size),
-        overwrite=config.to.overwrite,
+        overwrite=config.writing.overwrite,
     )
     print(f"> Megatron checkpoint: {made}", flush=True)
     return 0
@@ -73,11 +73,11 @@ def megatron_to_hf(config: MegatronToHFConfig) -> int:
     announce(config, "taopd convert megatron-to-hf")
     made = convert_to_hf(
         config.source,
-        config.to.output,
+        config.writing.output,
         hf_source=config.hf_source,
-        dtype=_dtype(config.to.dtype),
+        dtype=_dtype(config.writing.dtype),
         max_shard_bytes=parse_size("--max-shard-size", config.max_shard_size),
-        overwrite=config.to.overwrite,
+        overwrite=config.writing.overwrite,
     )
     print(f"> Hugging Face directory: {made}", flush=True)
     return 0

@@ -45,7 +45,7 @@ class HFToMegatronConfig:
 
     source: str
     """Hugging Face directory with safetensors."""
-    to: OutputConfig
+    writing: OutputConfig
     make_vocab_size_divisible_by: int = 128
     """Pad the vocabulary with rows of zeros to a multiple of this, as Megatron's flag does. Loading does not depend on
     it: rows of padding are cut or added as a layout needs."""
@@ -64,7 +64,7 @@ class MegatronToHFConfig:
 
     source: str
     """Megatron checkpoint: its root, whose newest iteration is taken, or one of its iter_* directories."""
-    to: OutputConfig
+    writing: OutputConfig
     hf_source: str | None = None
     """Hugging Face directory with config.json and tokenizer, for a checkpoint that keeps none (default: the hf/
     directory inside the checkpoint)."""
