@@ -14,6 +14,7 @@ import torch
 from megatron_taopd.errors import ConfigError
 from megatron_taopd.losses.config import LossConfig
 from megatron_taopd.losses.functions import LOSSES, Loss, LossInputs
+from megatron_taopd.losses.fused import FUSED_LOSSES, Chunk
 from megatron_taopd.ops.head import DEFAULT_LOGITS_CHUNK_BYTES, HeadShard
 from megatron_taopd.ops.vocab import check_support_size
 from megatron_taopd.registry import resolve
@@ -66,8 +67,8 @@ def distillation_loss(
         k: size of the supports of the top-K losses.
         temperature: divides the logits of both models.
         weights_R: detached factor a row (default: 1).
-        logits_chunk_bytes: memory for one chunk of one model's fp32 logits; about six such buffers exist at
-            once.
+        logits_chunk_bytes: memory for one chunk of one model's fp32 logits; two such buffers exist at once
+            (about eight for the ``topk_`` losses and those named by ``module:function``).
 
     Returns:
         The scalar sum, replicated over the group, fp32 (fp64 for fp64 weights); with no rows a zero that
@@ -108,24 +109,28 @@ class _ChunkedLoss(torch.autograd.Function):
     ) -> torch.Tensor:
         head = job.student_head
         wants_hidden, wants_weight = (job.with_grad and need for need in ctx.needs_input_grad[:2])
-        accumulate = torch.float64 if weight.dtype == torch.float64 else torch.float32
+        dtype = head.logits_dtype
         grad_hidden = torch.empty_like(hidden_RH) if wants_hidden else None
-        grad_weight = torch.zeros_like(weight, dtype=accumulate) if wants_weight else None
-        total = torch.zeros((), dtype=accumulate, device=weight.device)
-        for rows in head.chunks(hidden_RH.shape[0], job.logits_chunk_bytes):
-            logits_RV = head.logits(hidden_RH[rows])
-            with torch.enable_grad() if job.with_grad else torch.no_grad():
-                logits_RV.requires_grad_(job.with_grad)
-                loss_sum = _chunk_loss(logits_RV, rows, job, metrics)
-            total += loss_sum.detach()
-            if not job.with_grad:
+        grad_weight = torch.zeros_like(weight, dtype=dtype) if wants_weight else None
+        total = torch.zeros((), dtype=dtype, device=weight.device)
+        chunks = list(head.chunks(hidden_RH.shape[0], job.logits_chunk_bytes))
+        rows_of_chunk = chunks[0].stop
+        student_buffer, teacher_buffer = (
+            torch.empty(rows_of_chunk, head.num_valid, dtype=dtype, device=weight.device) for _ in range(2)
+        )
+        for rows in chunks:
+            student_RV, teacher_RV = (buffer[: rows.stop - rows.start] for buffer in (student_buffer, teacher_buffer))
+            head.logits(hidden_RH[rows], job.temperature, out=student_RV)
+            job.teacher_head.logits(job.teacher_hidden_RH[rows], job.temperature, out=teacher_RV)
+            loss_sum, grad_logits_RV = _chunk_loss(student_RV, teacher_RV, rows, job, metrics)
+            total += loss_sum
+            if grad_logits_RV is None:
                 continue
-            (grad_logits_RV,) = torch.autograd.grad(loss_sum, logits_RV)
             if grad_hidden is not None:
                 grad_hidden[rows] = head.hidden_gradient(grad_logits_RV)
             if grad_weight is not None:
                 head.add_weight_gradient(grad_weight, grad_logits_RV, hidden_RH[rows])
-        ctx.grads = (grad_hidden, grad_weight)
+        ctx.grads, ctx.head = (grad_hidden, grad_weight), head
         return total
 
     @staticmethod
@@ -134,35 +139,66 @@ class _ChunkedLoss(torch.autograd.Function):
             raise RuntimeError("distillation_loss can be differentiated once: its gradients are scaled in place")
         grad_hidden, grad_weight = (None if g is None else g.mul_(grads[0]) for g in ctx.grads)
         ctx.grads = None
-        return grad_hidden, grad_weight, None, None
+        return grad_hidden, _hand_over(grad_weight, ctx.head.weight), None, None
+
+
+def _hand_over(grad_weight: torch.Tensor | None, weight: torch.Tensor) -> torch.Tensor | None:
+    """The head's gradient for autograd, or, where Megatron's DDP keeps it in another type, zeros in its place.
+
+    Autograd would round an fp32 gradient to the bf16 of the weight before DDP adds it to its fp32 buffer
+    ``main_grad``; so it is added here.
+    """
+    main_grad = getattr(weight, "main_grad", None)
+    if grad_weight is None or main_grad is None or main_grad.dtype == weight.dtype:
+        return grad_weight
+    main_grad.add_(grad_weight)
+    return weight.new_zeros(()).expand_as(weight)
 
 
 def _chunk_loss(
-    student_logits_RV: torch.Tensor, rows: slice, job: _Job, metrics: dict[str, torch.Tensor]
-) -> torch.Tensor:
-    """Weighted sum over a chunk's rows; adds to the metrics."""
-    config = job.config
-    dtype = student_logits_RV.dtype
-    loss_R, metrics_R = job.loss(
-        LossInputs(
-            student_logits_RV=student_logits_RV / job.temperature,
-            teacher_logits_RV=job.teacher_head.logits(job.teacher_hidden_RH[rows], job.temperature),
-            token_ids_R=job.token_ids_R[rows],
-            old_logprobs_R=job.old_logprobs_R[rows].to(dtype),
-            vocab_start=job.student_head.vocab_start,
-            vocab_size=job.student_head.vocab_size,
-            group=job.student_head.group,
-            k=job.k,
-            support=config.loss_support or "student",
-            jsd_beta=0.5 if config.jsd_beta is None else config.jsd_beta,
-            ratio_clip=config.loss_ratio_clip,
-        )
+    student_RV: torch.Tensor, teacher_RV: torch.Tensor, rows: slice, job: _Job, metrics: dict[str, torch.Tensor]
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Weighted sum over a chunk's rows and its gradient in the student's logits; adds to the metrics."""
+    config, dtype = job.config, student_RV.dtype
+    weights_R = None if job.weights_R is None else job.weights_R[rows].to(dtype)
+    inputs = LossInputs(
+        student_logits_RV=student_RV,
+        teacher_logits_RV=teacher_RV,
+        token_ids_R=job.token_ids_R[rows],
+        old_logprobs_R=job.old_logprobs_R[rows].to(dtype),
+        vocab_start=job.student_head.vocab_start,
+        vocab_size=job.student_head.vocab_size,
+        group=job.student_head.group,
+        k=job.k,
+        support=config.loss_support or "student",
+        jsd_beta=0.5 if config.jsd_beta is None else config.jsd_beta,
+        ratio_clip=config.loss_ratio_clip,
     )
-    if job.weights_R is not None:
-        # A row of weight 0 leaves the sum whatever its loss is, even where that is not finite.
-        weights_R = job.weights_R[rows].to(dtype)
-        loss_R = (loss_R * weights_R).where(weights_R != 0, 0.0)
-        metrics_R = {name: value.where(weights_R != 0, 0) for name, value in metrics_R.items()}
+    grad_logits_RV: torch.Tensor | None = None
+    if config.loss in FUSED_LOSSES:
+        scale_R = torch.full_like(inputs.old_logprobs_R, 1 / job.temperature) if job.with_grad else None
+        if scale_R is not None and weights_R is not None:
+            scale_R = scale_R * weights_R
+        loss_R, metrics_R = FUSED_LOSSES[config.loss](Chunk(inputs=inputs, grad_scale_R=scale_R))
+        loss_sum = _weighted_sum(loss_R.to(dtype), weights_R)
+        if job.with_grad:
+            grad_logits_RV = student_RV
+            if weights_R is not None:
+                grad_logits_RV[weights_R == 0] = 0.0
+    else:
+        with torch.enable_grad() if job.with_grad else torch.no_grad():
+            inputs.student_logits_RV = student_RV.detach().requires_grad_(job.with_grad)
+            loss_R, metrics_R = job.loss(inputs)
+            loss_sum = _weighted_sum(loss_R, weights_R)
+        if job.with_grad:
+            (grad_logits_RV,) = torch.autograd.grad(loss_sum, inputs.student_logits_RV)
+            grad_logits_RV = grad_logits_RV / job.temperature
     for name, value in metrics_R.items():
-        metrics[name] = metrics.get(name, 0.0) + value.to(dtype).sum()
-    return loss_R.sum()
+        kept_R = value if weights_R is None else value.where(weights_R != 0, 0)
+        metrics[name] = metrics.get(name, 0.0) + kept_R.to(dtype).sum()
+    return loss_sum.detach(), grad_logits_RV
+
+
+def _weighted_sum(loss_R: torch.Tensor, weights_R: torch.Tensor | None) -> torch.Tensor:
+    """A row of weight 0 leaves the sum whatever its loss is, even where that is not finite."""
+    return loss_R.sum() if weights_R is None else (loss_R * weights_R).where(weights_R != 0, 0.0).sum()
