@@ -34,11 +34,16 @@ def run_scoring(config: ScoreConfig) -> None:
     )
     place = even_share(len(rollouts))
     parallel = config.parallel
+    at_least = 0
+    if parallel.expert_model_parallel_size > 1:
+        largest_share = -(-len(rollouts) // distributed.data_parallel_size())
+        at_least = -(-largest_share // config.micro_batch_size)
     micro_batches = make_micro_batches(
         rollouts[place],
         micro_batch_size=config.micro_batch_size,
         sample_offset=place.start,
         length_multiple=parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1,
+        at_least=at_least,
     )
     reader = RowReader.from_config(
         pair, config.selection, temperature=config.temperature, logits_chunk_bytes=config.logits_chunk_bytes

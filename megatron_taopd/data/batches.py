@@ -47,6 +47,7 @@ def make_micro_batches(
     micro_batch_size: int,
     sample_offset: int,
     length_multiple: int = 1,
+    at_least: int = 0,
     device: torch.device | None = None,
 ) -> list[MicroBatch]:
     """Cut responses, in order, into micro-batches of one shape.
@@ -60,6 +61,8 @@ def make_micro_batches(
         sample_offset: index of the first response in the global batch.
         length_multiple: S is rounded up to a multiple of it (the tensor-parallel size under sequence
             parallelism).
+        at_least: micro-batches; those beyond the responses are padding without rows. Replicas that share experts
+            must bring the same number.
         device: default: that of this process.
     """
     if not rollouts:
@@ -78,7 +81,7 @@ def make_micro_batches(
             with_logprobs=with_logprobs,
             device=device,
         )
-        for start in range(0, len(rollouts), size)
+        for start in range(0, max(len(rollouts), at_least * size), size)
     ]
 
 
@@ -127,7 +130,7 @@ def _micro_batch(
 
 def _kept_hidden(rollouts: Sequence[Rollout], device: torch.device) -> torch.Tensor | None:
     kept = [r.hidden_TH for r in rollouts if r.hidden_TH is not None]
-    if len(kept) < len(rollouts):
+    if not kept or len(kept) < len(rollouts):
         assert not kept, "some responses kept their hidden states and some did not"
         return None
     rows, tokens = [h.shape[0] for h in kept], [len(r.response_tokens) for r in rollouts]

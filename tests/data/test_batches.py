@@ -64,3 +64,12 @@ def test_every_row_predicts_its_token(micro_batch_size: int) -> None:
             seen[sample].append(token)
     assert list(seen) == list(range(10, 17))
     assert list(seen.values()) == [r.response_tokens for r in rollouts]
+
+
+def test_micro_batches_beyond_the_responses_are_padding() -> None:
+    first, second, third = make_micro_batches(
+        [rollout([11], [13, 14]), rollout([21], [22])], micro_batch_size=2, sample_offset=0, at_least=3, device=CPU
+    )
+    assert second.tokens_BS.tolist() == third.tokens_BS.tolist() == [[0, 0, 0]] * 2
+    assert (first.row_index_R.numel(), second.row_index_R.numel()) == (3, 0)
+    assert second.sample_index_R.numel() == second.position_R.numel() == second.token_ids_R.numel() == 0

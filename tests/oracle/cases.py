@@ -10,7 +10,7 @@ from pathlib import Path
 from megatron_taopd.testing.tiny_models import save_tiny_hf_model
 
 STUDENT_VOCAB, TEACHER_VOCAB = 509, 523
-FAMILIES = ("qwen3", "qwen2", "llama")
+FAMILIES = ("qwen3", "qwen2", "llama", "qwen3_moe")
 
 
 @dataclass(frozen=True)
@@ -18,6 +18,12 @@ class Layout:
     name: str
     world_size: int
     flags: tuple[str, ...]
+
+    def suits(self, family: str, *, training: bool) -> bool:
+        """Experts are shared by models that have some, and trained with sequence parallelism only."""
+        if not family.startswith("qwen3_moe"):
+            return "--expert-model-parallel-size" not in self.flags
+        return not training or "--tensor-model-parallel-size" not in self.flags or "--sequence-parallel" in self.flags
 
 
 LAYOUTS = (
@@ -30,6 +36,20 @@ LAYOUTS = (
         "TP2PP2SP",
         4,
         ("--tensor-model-parallel-size", "2", "--pipeline-model-parallel-size", "2", "--sequence-parallel"),
+    ),
+    Layout("EP2", 2, ("--expert-model-parallel-size", "2")),
+    Layout(
+        "TP2EP2SP",
+        4,
+        ("--tensor-model-parallel-size", "2", "--expert-model-parallel-size", "2", "--sequence-parallel"),
+    ),
+    Layout(
+        "PP2last1EP2",
+        4,
+        (
+            *("--pipeline-model-parallel-size", "2", "--decoder-last-pipeline-num-layers", "1"),
+            *("--expert-model-parallel-size", "2"),
+        ),
     ),
 )
 
