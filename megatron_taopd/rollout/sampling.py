@@ -64,7 +64,10 @@ def choose_tokens(
         logits = torch.full_like(logits, torch.finfo(torch.float32).min)
     highest_B = logits.amax(-1)
     weights_BV = (logits - highest_B[:, None]).mul_(1 / (temperature or 1.0)).exp_()
-    weights_BV = torch.nn.functional.pad(weights_BV, (0, -weights_BV.shape[1] % _BLOCK)) * (real > 0)
+    if real == 0:
+        weights_BV.zero_()
+    if weights_BV.shape[1] % _BLOCK:
+        weights_BV = torch.nn.functional.pad(weights_BV, (0, -weights_BV.shape[1] % _BLOCK))
     blocks_Bn = weights_BV.view(len(logits), -1, _BLOCK).sum(-1).double()
 
     # Highest logit and weight of every shard, then all on one scale.
