@@ -24,6 +24,8 @@ from megatron_taopd.teachability.ranking import RankedRows, place_in_sample, ran
 from megatron_taopd.teachability.selection import Selection, keep_budget, lowest, select, summarise
 from megatron_taopd.teachability.statistics import TokenStatistics
 
+CROWDED_SCORES = (-1, 0, 1)
+
 
 @dataclass(frozen=True, kw_only=True)
 class CarriedEstimate:
@@ -187,17 +189,19 @@ def agreement(keep: torch.Tensor, other: torch.Tensor, group: Group) -> float:
 def cut_value(rows: RankedRows) -> torch.Tensor:
     """One number a row [R] that orders rows by score, then by the tie-break, and can be averaged over steps.
 
-    Scores in (0, 1) are themselves. Clipping puts whole shares of the rows at exactly 0 and exactly 1, where a cut on
-    the score alone would keep far too many rows or too few; both points are drawn out to intervals of length 1, along
-    which the tie-break runs: [-1, 0] and [1, 2].
+    Scores in (0, 1) are themselves. Clipping puts whole shares of the rows at exactly 0 and exactly 1 (and
+    ``q3_teachability`` all rows outside its quadrant at -1), where a cut on the score alone would keep far too many
+    rows or too few. Each of these points is drawn out to an interval of length 1 along which the tie-break runs: 1 to
+    [1, 2], 0 to [-1, 0].
     """
     score = rows.score
-    value = score + (score > 1).double() - (score < 0).double()
-    if rows.lead is None:
-        return value
-    along = 0.5 + torch.atan(rows.lead) / torch.pi  # any increasing map onto [0, 1]
-    value = torch.where(score == 1, 1 + along, value)
-    return torch.where(score == 0, along - 1, value)
+    value = score - 2
+    for point in CROWDED_SCORES:
+        value = value + (score > point).double()
+        if rows.lead is not None:
+            along = 0.5 + torch.atan(rows.lead) / torch.pi  # any increasing map onto [0, 1]
+            value = torch.where(score == point, value + along, value)
+    return value
 
 
 class _MovingQuantiles:
