@@ -77,6 +77,23 @@ def find_candidates(
     return place_RC, torch.arange(num_slots, device=row_L.device) < count_R[:, None]
 
 
+def best_of_row(values_RV: torch.Tensor, k: int, first_id: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The k best (values, ids) of consecutive ids, each [R, K], best first; -inf and :data:`ABSENT_ID` where
+    there are fewer."""
+    num_rows, width = values_RV.shape
+    missing = max(padded_width(width), BLOCK) - width
+    tile_RW = torch.nn.functional.pad(values_RV, (0, missing), value=-torch.inf)
+    floor_R = values_RV.new_full((num_rows,), -torch.inf)
+    place_RC, counts_RC = find_candidates(tile_RW, block_maxima(tile_RW), k, floor_R)
+    more = max(k - place_RC.shape[-1], 0)
+    values = torch.nn.functional.pad(
+        tile_RW.gather(-1, place_RC).where(counts_RC, -torch.inf), (0, more), value=-torch.inf
+    )
+    ids = torch.nn.functional.pad((place_RC + first_id).where(counts_RC, ABSENT_ID), (0, more), value=ABSENT_ID)
+    order = order_best_first(values, ids, k)
+    return values.gather(-1, order), ids.gather(-1, order)
+
+
 def _kth_best_bound(values_RW: torch.Tensor, block_max_RN: torch.Tensor, k: int) -> torch.Tensor:
     """A value [R] that at least k of the row's ids reach; -inf where it has fewer."""
     num_rows, width = values_RW.shape

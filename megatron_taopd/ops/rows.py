@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from megatron_taopd.ops.collectives import Group, all_reduce_sum, group_rank, group_size
+from megatron_taopd.ops.collectives import Group, all_gather, all_reduce_sum, group_rank, group_size
 
 
 class _GatherRows(torch.autograd.Function):
@@ -22,16 +22,16 @@ class _GatherRows(torch.autograd.Function):
         sequence_parallel: bool,
     ) -> torch.Tensor:
         num_local = hidden_SBH.shape[0] * hidden_SBH.shape[1]
-        index = row_index_R - (group_rank(group) * num_local if sequence_parallel else 0)
         ctx.shape, ctx.group = hidden_SBH.shape, group
         rows_RH = hidden_SBH.reshape(num_local, -1)
         if not sequence_parallel:
-            ctx.save_for_backward(index, torch.ones_like(index, dtype=torch.bool))
-            return rows_RH[index]
-        mine = (index >= 0) & (index < num_local)
-        ctx.save_for_backward(index.clamp(0, num_local - 1), mine)
-        own_RH = rows_RH[index.clamp(0, num_local - 1)].masked_fill(~mine[:, None], 0.0)
-        return all_reduce_sum(own_RH, group)
+            ctx.save_for_backward(row_index_R, torch.ones_like(row_index_R, dtype=torch.bool))
+            return rows_RH[row_index_R]
+        owner_R = row_index_R // num_local
+        mine_R = owner_R == group_rank(group)
+        index_R = (row_index_R - group_rank(group) * num_local).where(mine_R, 0)
+        ctx.save_for_backward(index_R, mine_R)
+        return _collect(rows_RH, index_R, mine_R, owner_R, group)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
@@ -40,6 +40,24 @@ class _GatherRows(torch.autograd.Function):
         steps, batch, hidden = ctx.shape
         grad = grad_RH.new_zeros(steps * batch, hidden).index_add_(0, index, grad_RH)
         return grad.view(ctx.shape), None, None, None
+
+
+def _collect(
+    rows_RH: torch.Tensor, index_R: torch.Tensor, mine_R: torch.Tensor, owner_R: torch.Tensor, group: Group
+) -> torch.Tensor:
+    """All wanted rows [R, H] on every rank, by whichever collective moves less."""
+    ranks, num_rows = group_size(group), index_R.numel()
+    count_P = torch.bincount(owner_R, minlength=ranks)
+    most = int(count_P.max())
+    if ranks * most > 2 * num_rows:
+        # Most rows are one rank's: a sum moves 2 R rows a rank, a gather (ranks x most).
+        return all_reduce_sum(rows_RH[index_R].masked_fill(~mine_R[:, None], 0.0), group)
+    own_RH = rows_RH.new_zeros(most, rows_RH.shape[1])
+    own_RH[: int(mine_R.sum())] = rows_RH[index_R[mine_R]]
+    by_owner = owner_R.argsort(stable=True)
+    place_R = torch.empty_like(by_owner)
+    place_R[by_owner] = torch.arange(num_rows, device=place_R.device) - (count_P.cumsum(0) - count_P)[owner_R[by_owner]]
+    return all_gather(own_RH, group)[owner_R, place_R]
 
 
 def gather_rows(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 
 from megatron_taopd.errors import ConfigError
+from megatron_taopd.ops.candidates import best_of_row, order_best_first
 from megatron_taopd.ops.collectives import Group, all_gather, enter_shards, group_size, sum_over_shards
 
 
@@ -77,41 +78,6 @@ def check_support_size(k: int, vocab_size: int) -> None:
         )
 
 
-def local_top_k(logits_RV: torch.Tensor, k: int, vocab_start: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """This rank's K best candidates (values, ids), each [R, K], in no promised order.
-
-    Ties at the boundary go to the lower id. Where the rank has fewer than K ids, the rest is -inf with ids
-    past all real ones.
-    """
-    logits_RV = logits_RV.detach()
-    num_rows, num_ids = logits_RV.shape
-    kept = min(k, num_ids)
-    values, index = logits_RV.topk(min(kept + 1, num_ids), dim=-1)
-    if 0 < kept < num_ids:
-        # torch.topk picks any of equal values; rows where that matters are few and get an exact pick.
-        tied = (values[:, kept - 1] == values[:, kept]).nonzero()[:, 0]
-        if tied.numel():
-            index[tied, :kept] = _lowest_ids_first(logits_RV[tied], kept)
-            values[tied] = logits_RV[tied].gather(-1, index[tied])
-    values, index = values[:, :kept], index[:, :kept]
-    ids = index + vocab_start
-    if kept < k:
-        values = torch.cat([values, values.new_full((num_rows, k - kept), -torch.inf)], dim=-1)
-        ids = torch.cat([ids, ids.new_full((num_rows, k - kept), 2**31)], dim=-1)
-    return values, ids
-
-
-def _lowest_ids_first(logits_RV: torch.Tensor, k: int) -> torch.Tensor:
-    return logits_RV.sort(dim=-1, descending=True, stable=True).indices[:, :k]
-
-
-def merge_top_k(values_RC: torch.Tensor, ids_RC: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The K best of C candidates: higher value first, then lower id. Returns (values, ids), each [R, K]."""
-    ids_RC, order = ids_RC.sort(dim=-1)
-    values, order_by_value = values_RC.gather(-1, order).sort(dim=-1, descending=True, stable=True)
-    return values[:, :k], ids_RC.gather(-1, order_by_value)[:, :k]
-
-
 def top_k(
     logits_RV: torch.Tensor, k: int, *, vocab_start: int, vocab_size: int, group: Group
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -126,9 +92,10 @@ def top_k(
         ConfigError: K is larger than the vocabulary.
     """
     check_support_size(k, vocab_size)
-    values, ids = local_top_k(logits_RV, k, vocab_start)
+    values, ids = best_of_row(logits_RV.detach(), k, vocab_start)
     # float64 holds both fp32 logits and ids exactly, which makes it one collective.
     candidates = all_gather(torch.cat([values.double(), ids.double()], dim=-1), group)
     values_RC, ids_RC = (side.transpose(0, 1).flatten(1) for side in candidates.split(k, dim=-1))
-    values, ids = merge_top_k(values_RC, ids_RC.long(), k)
-    return values.to(logits_RV.dtype), ids
+    values_RC, ids_RC = values_RC.to(logits_RV.dtype), ids_RC.long()
+    order = order_best_first(values_RC, ids_RC, k)
+    return values_RC.gather(-1, order), ids_RC.gather(-1, order)

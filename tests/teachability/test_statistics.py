@@ -12,6 +12,7 @@ import torch
 from megatron_taopd.errors import ConfigError, DataError
 from megatron_taopd.ops import HeadShard
 from megatron_taopd.teachability import TokenStatistics, concat_statistics, token_statistics
+from megatron_taopd.teachability.statistics import bytes_per_row
 from megatron_taopd.testing import WorkerPool
 from tests.naive import Problem, make_problem, statistics_row
 
@@ -90,6 +91,85 @@ def test_equal_brute_force(pool: Callable[[int], WorkerPool], ranks: int, dtype:
                     )
             for column in NAMES:
                 assert torch.equal(per_rank[0][name, mode][column], per_rank[-1][name, mode][column])
+
+
+def in_tiles(problem: Problem, num_bytes: int) -> dict[str, torch.Tensor]:
+    result = token_statistics(
+        problem.student_hidden,
+        problem.teacher_hidden,
+        problem.tokens,
+        shard(problem.student_weight, problem.vocab),
+        shard(problem.teacher_weight, problem.vocab),
+        k=16,
+        logits_chunk_bytes=num_bytes,
+    )
+    return {name: getattr(result, name) for name in NAMES}
+
+
+@pytest.mark.parametrize("ranks", [1, 3])
+@pytest.mark.parametrize("ties", [False, True])
+def test_tiles_do_not_matter(pool: Callable[[int], WorkerPool], ranks: int, ties: bool) -> None:
+    """Tiles of 32 and 96 ids, and of a row and of all rows, give what one tile gives."""
+    problem = make_problem(9, 301, padded=312, ties=ties)
+    want = expected(problem, 16, 1.0, "exact")
+    for num_bytes in (4 * 32, 4 * 96, 4 * 9 * 64, 2**20):
+        for got in pool(ranks).run(in_tiles, problem, num_bytes):
+            for name in NAMES:
+                torch.testing.assert_close(got[name], want[name], rtol=1e-10, atol=1e-10, check_dtype=False, msg=name)
+
+
+def traffic(rows: int, k: int) -> list[tuple[str, int]]:
+    """Name and payload in bytes of every collective that the statistics of ``rows`` rows make."""
+    problem = make_problem(rows, 101, padded=120).to(torch.float32)
+    calls: list[tuple[str, int]] = []
+    real = {name: getattr(torch.distributed, name) for name in ("all_reduce", "all_gather", "broadcast")}
+
+    def counting(name: str) -> Callable:
+        def call(*args, **kwargs):
+            tensor = args[1] if name == "all_gather" else args[0]
+            calls.append((name, tensor.numel() * tensor.element_size()))
+            return real[name](*args, **kwargs)
+
+        return call
+
+    for name in real:
+        setattr(torch.distributed, name, counting(name))
+    try:
+        compute(problem, chunk_rows=4, k=k)
+    finally:
+        for name, function in real.items():
+            setattr(torch.distributed, name, function)
+    return calls
+
+
+@pytest.mark.parametrize(("ranks", "k"), [(2, 16), (4, 5)])
+def test_one_collective_a_chunk_without_a_vocabulary_term(
+    pool: Callable[[int], WorkerPool], ranks: int, k: int
+) -> None:
+    for calls in pool(ranks).run(traffic, 8, k):
+        assert [name for name, _ in calls] == ["all_gather", "all_gather"]
+        assert sum(size for _, size in calls) * (ranks - 1) == 8 * bytes_per_row(k, ranks)
+    assert bytes_per_row(16, 2) == 424
+
+
+def test_memory_does_not_grow_with_rows_times_vocabulary() -> None:
+    """Live bytes at the peak, as torch's profiler counts them: tiles and per-row numbers only."""
+    tile_bytes, vocab = 2**20, 20_000
+
+    def peak(rows: int) -> int:
+        problem = make_problem(rows, vocab, padded=vocab).to(torch.float32)
+        with torch.profiler.profile(profile_memory=True) as profile:
+            in_tiles(problem, tile_bytes)
+        live = top = 0
+        for event in profile.profiler.kineto_results.events():
+            if event.name() == "[memory]":
+                live += event.nbytes()
+                top = max(top, live)
+        return top
+
+    small, large = peak(64), peak(512)
+    assert 2 * tile_bytes < small < 2 * tile_bytes + 8 * 2**20
+    assert large - small < 448 * 2_000  # bytes a row; a row of one model's logits has 80,000
 
 
 def hand_problem() -> Problem:
