@@ -26,7 +26,7 @@ from megatron_taopd.models.hf_config import HFModelConfig, load_hf_config
 
 logger = logging.getLogger(__name__)
 
-_BLOCK_BYTES = 64 << 20
+_BLOCK_BYTES = 16 << 20
 
 
 @dataclass(frozen=True)
