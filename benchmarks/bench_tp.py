@@ -23,7 +23,9 @@ from megatron_taopd.teachability.statistics import bytes_per_row
 from megatron_taopd.testing import WorkerPool
 
 SHAPES = ("512,256,512,8192", "512,256,512,32768")
-FLOAT = 4
+FLOAT, DOUBLE = 4, 8
+LOSS_SUMS = 5
+"""Of a full-vocabulary KL a kept row: both models' maximum and mass, and one expectation."""
 
 
 def shards(problem: Problem, rank: int, ranks: int) -> tuple[HeadShard, HeadShard]:
@@ -117,12 +119,12 @@ def measure(shape: Shape, ranks: int, args: argparse.Namespace) -> list[dict[str
     with WorkerPool(ranks) as pool:
         answers = pool.run(measure_rank, shape, settings)
     kept = len(given_rows(shape.tokens, args.keep_ratio))
-    ring = 2 * (ranks - 1) / ranks
-    # The formula of rows: kept hidden states under sequence parallelism, and their gradient always.
+    row_of_hidden = 2 * (ranks - 1) / ranks * FLOAT * shape.student_hidden
+    sums = (ranks - 1) * LOSS_SUMS * DOUBLE
     formula = {
         "scoring": bytes_per_row(args.support_k, ranks),
-        "loss + gradient": ring * FLOAT * shape.student_hidden,
-        "loss + gradient, sequence parallel": 2 * ring * FLOAT * shape.student_hidden,
+        "loss + gradient": sums + row_of_hidden,
+        "loss + gradient, sequence parallel": sums + 2 * row_of_hidden,
     }
     rows = []
     for phase in answers[0]:
@@ -154,7 +156,7 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, nargs="+", default=(1, 2, 4))
     parser.add_argument("--support-k", type=int, nargs="+", default=(16,))
     parser.add_argument("--keep-ratio", type=float, default=0.1)
-    parser.add_argument("--loss", default="reverse_kl")
+    parser.add_argument("--loss", choices=("reverse_kl", "forward_kl"), default="reverse_kl")
     parser.add_argument("--logits-chunk-bytes", type=int, default=TRAIN_CHUNK_BYTES)
     args = parser.parse_args()
     common.start(args)
@@ -180,9 +182,9 @@ def main() -> None:
                 notes=[
                     f"Bytes that a rank receives: a scored position, or a kept one (ρ = {args.keep_ratio:g}, "
                     f"{args.loss}). The formula of scoring is `teachability.statistics.bytes_per_row`; that of the "
-                    "loss is the gradient of the kept hidden states, 2 (P - 1) / P x 4 H bytes, and as much again "
-                    f"for the states themselves under sequence parallelism. {args.clock} time of the slowest rank, "
-                    "one thread a rank."
+                    f"loss is {LOSS_SUMS} sums from every other rank ({LOSS_SUMS * DOUBLE} bytes), the gradient of the "
+                    "kept hidden states, 2 (P - 1) / P × 4 H bytes, and as much again for the states themselves "
+                    f"under sequence parallelism. {args.clock} time of the slowest rank, one thread a rank."
                 ],
             )
         )

@@ -21,6 +21,7 @@ import json
 import multiprocessing
 import os
 import platform
+import shlex
 import statistics
 import subprocess
 import sys
@@ -255,7 +256,7 @@ def finish(tables: Sequence[Table], args: argparse.Namespace, *, processes: int 
     """Print the tables, and write them as JSON where ``--out`` says."""
     from report import markdown
 
-    command = " ".join(["python", os.path.relpath(sys.argv[0], ROOT), *sys.argv[1:]])
+    command = shlex.join(["python", os.path.relpath(sys.argv[0], ROOT), *sys.argv[1:]])
     for table in tables:
         table.command = command
         table.environment = environment(args.threads, processes)
