@@ -23,7 +23,7 @@ def run_rollout(config: RolloutCommandConfig) -> None:
     from megatron_taopd.data.prompts import read_prompts
     from megatron_taopd.data.records import write_rollouts
     from megatron_taopd.data.tokenizer import load_tokenizer
-    from megatron_taopd.models import load_hf_config, load_model, pad_vocab_size
+    from megatron_taopd.models import load_hf_config, load_model, pad_vocab_size, refuse_expert_layout_in_vain
     from megatron_taopd.rollout.megatron import MegatronEngine
     from megatron_taopd.training.pair import params_dtype, precision_overrides
     from megatron_taopd.training.sources import even_share, gather_rollouts
@@ -33,6 +33,7 @@ def run_rollout(config: RolloutCommandConfig) -> None:
     samples = [p for p in prompts for _ in range(config.rollout.num_samples_per_prompt)]
     place = even_share(len(samples))
     hf = load_hf_config(config.student)
+    refuse_expert_layout_in_vain(config.parallel, hf)
     student = load_model(
         config.student,
         config.parallel,

@@ -264,7 +264,7 @@ def _expert(number: int) -> tuple[Rule, Rule]:
 @cache
 def _layer_rules(family: str, num_experts: int) -> tuple[Rule, ...]:
     """Rules of a layer; with ``num_experts`` 0 of one that has a single ffn."""
-    ffn = _FFN
+    ffn: tuple[Rule, ...] = _FFN
     if num_experts:
         ffn = (_ROUTER, *(rule for number in range(num_experts) for rule in _expert(number)))
     return _LAYER + FAMILY_RULES[family] + ffn

@@ -12,6 +12,7 @@ from megatron_taopd.models.source import hf_directory, is_megatron_checkpoint
 from megatron_taopd.models.transformer_config import (
     build_transformer_config,
     have_transformer_engine,
+    refuse_expert_layout_in_vain,
     use_transformer_engine,
 )
 
@@ -27,5 +28,6 @@ __all__ = [
     "load_hf_config",
     "load_model",
     "pad_vocab_size",
+    "refuse_expert_layout_in_vain",
     "use_transformer_engine",
 ]

@@ -102,7 +102,7 @@ def _mark_sharded_parameters(module: DistillationGPTModel) -> None:
         # Other ranks than for the rest of the model hold the same expert. Megatron sees that at EP > 1 only.
         for name, parameter in module.named_parameters():
             if ".experts." in name:
-                parameter.allreduce = False  # type: ignore[attr-defined]
+                parameter.allreduce = False
 
 
 def load_model(

@@ -11,7 +11,13 @@ import torch
 
 from megatron_taopd.config import ModelPairConfig, PrecisionConfig, RecomputeConfig
 from megatron_taopd.data.tokenizer import check_tokenizers_agree, load_tokenizer
-from megatron_taopd.models import LoadedModel, load_hf_config, load_model, pad_vocab_size
+from megatron_taopd.models import (
+    LoadedModel,
+    load_hf_config,
+    load_model,
+    pad_vocab_size,
+    refuse_expert_layout_in_vain,
+)
 from megatron_taopd.ops.head import HeadShard
 from megatron_taopd.platform import device, distributed, has_cuda
 from megatron_taopd.platform.layout import ParallelConfig
@@ -88,6 +94,7 @@ def load_pair(
         ConfigError: the layout does not divide a model.
     """
     student_hf, teacher_hf = load_hf_config(models.student), load_hf_config(models.teacher)
+    refuse_expert_layout_in_vain(parallel, student_hf, teacher_hf)
     check_tokenizers_agree(models.student, models.teacher, allow_stop_token_mismatch=models.allow_stop_token_mismatch)
     tokenizer = load_tokenizer(models.student) or load_tokenizer(models.teacher)
     vocab_size = min(student_hf.vocab_size, teacher_hf.vocab_size)

@@ -35,11 +35,19 @@ LAYOUTS: dict[str, Layout] = {
         "sequence_parallel": True,
     },
 }
+THREE_RANKS: dict[str, Layout] = {
+    "TP3": {"tensor_model_parallel_size": 3},
+    "PP3-counted": {
+        "pipeline_model_parallel_size": 3,
+        "account_for_embedding_in_pipeline_split": True,
+        "account_for_loss_in_pipeline_split": True,
+    },
+}
 
 
 def start(layout: str, seed: int = 1) -> ParallelConfig:
-    """Lay the ranks out as ``LAYOUTS[layout]``; ranks to spare are data-parallel."""
-    parallel = ParallelConfig(**LAYOUTS[layout])
+    """Lay the ranks out as the layout says; ranks to spare are data-parallel."""
+    parallel = ParallelConfig(**(LAYOUTS | THREE_RANKS)[layout])
     distributed.initialize(parallel, seed=seed)
     return parallel
 

@@ -10,7 +10,12 @@ import pytest
 import torch
 
 from megatron_taopd.errors import ConfigError, ModelError
-from megatron_taopd.models import build_transformer_config, load_hf_config, pad_vocab_size
+from megatron_taopd.models import (
+    build_transformer_config,
+    load_hf_config,
+    pad_vocab_size,
+    refuse_expert_layout_in_vain,
+)
 from megatron_taopd.models.source import hf_directory
 from megatron_taopd.platform.layout import ParallelConfig
 
@@ -111,6 +116,86 @@ def test_layout_that_does_not_divide(tmp_path, layout, message):
     hf = load_hf_config(_write(tmp_path, LLAMA))
     with pytest.raises(ConfigError, match=message):
         build_transformer_config(hf, ParallelConfig(**layout), params_dtype=torch.float32)
+
+
+MOE: dict[str, Any] = LLAMA | {
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "num_experts": 6,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 10,
+    "norm_topk_prob": True,
+    "decoder_sparse_step": 2,
+    "mlp_only_layers": [3, 4],
+}
+
+
+def test_experts_of_a_config(tmp_path):
+    hf = load_hf_config(_write(tmp_path, MOE))
+    assert hf.experts is not None and hf.qk_norm
+    assert [layer for layer in range(30) if hf.has_experts(layer)] == [1, *range(5, 30, 2)]
+    config = build_transformer_config(hf, ParallelConfig(), params_dtype=torch.bfloat16)
+    assert (config.num_moe_experts, config.moe_ffn_hidden_size, config.moe_router_topk) == (6, 10, 2)
+    assert config.moe_layer_freq[:6] == [0, 1, 0, 0, 0, 1]
+    # Nothing balances a teacher's experts, and nothing drops tokens.
+    assert config.moe_aux_loss_coeff == 0.0 and not config.moe_router_enable_expert_bias
+    assert config.moe_expert_capacity_factor is None
+    plain = load_hf_config(_write(tmp_path / "plain", MOE | {"norm_topk_prob": False, "mlp_only_layers": None}))
+    assert build_transformer_config(plain, ParallelConfig(), params_dtype=torch.float32).moe_router_pre_softmax
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"num_experts": None}, "no 'num_experts'"),
+        ({"num_experts_per_tok": 7}, "num_experts_per_tok 7 must be between 1 and 6"),
+        ({"num_experts_per_tok": 1}, "makes every weight 1"),
+        ({"moe_intermediate_size": None}, "no 'moe_intermediate_size'"),
+    ],
+)
+def test_experts_that_cannot_be_built_are_refused(tmp_path, change, message):
+    with pytest.raises(ModelError, match=message):
+        load_hf_config(_write(tmp_path, MOE | change))
+
+
+def test_windows_of_mistral(tmp_path):
+    mistral = LLAMA | {"architectures": ["MistralForCausalLM"], "sliding_window": 4096}
+    with pytest.raises(ModelError, match="sliding-window attention .*sliding_window null"):
+        load_hf_config(_write(tmp_path, mistral))
+    for harmless in ({"sliding_window": None}, {"max_position_embeddings": 4096}):
+        assert load_hf_config(_write(tmp_path, mistral | harmless)).family == "mistral"
+
+
+@pytest.mark.parametrize(
+    ("layout", "message"),
+    [
+        ({"expert_model_parallel_size": 4}, "--expert-model-parallel-size 4 .* 6 experts .*1, 2, 3, 6"),
+        ({"expert_tensor_parallel_size": 3}, "--expert-tensor-parallel-size 3 .* 10 ffn rows of an expert"),
+        ({"pipeline_model_parallel_size": 3, "decoder_first_pipeline_num_layers": 9}, "leave 21 of the 30 layers"),
+        ({"pipeline_model_parallel_size": 2, "decoder_last_pipeline_num_layers": 30}, "leave 0 of the 30"),
+        (
+            {"pipeline_model_parallel_size": 3, "account_for_loss_in_pipeline_split": True},
+            "does not divide the 31 layers .*, with 1 counted",
+        ),
+        (
+            {"pipeline_model_parallel_size": 31, "account_for_loss_in_pipeline_split": True},
+            "without any of the 30 layers",
+        ),
+    ],
+)
+def test_experts_and_stages_that_do_not_divide(tmp_path, layout, message):
+    hf = load_hf_config(_write(tmp_path, MOE))
+    with pytest.raises(ConfigError, match=message):
+        build_transformer_config(hf, ParallelConfig(**layout), params_dtype=torch.float32)
+
+
+def test_expert_layout_without_experts(tmp_path):
+    dense, experts = load_hf_config(_write(tmp_path, LLAMA)), load_hf_config(_write(tmp_path / "moe", MOE))
+    parallel = ParallelConfig(expert_model_parallel_size=2)
+    with pytest.raises(ConfigError, match="--expert-model-parallel-size 2 has no effect: no experts in"):
+        refuse_expert_layout_in_vain(parallel, dense, dense)
+    refuse_expert_layout_in_vain(parallel, dense, experts)
+    # A student without experts beside a teacher that has some.
+    assert build_transformer_config(dense, parallel, params_dtype=torch.float32).expert_model_parallel_size == 1
 
 
 def test_settings_that_megatron_would_ignore_or_refuse(tmp_path):

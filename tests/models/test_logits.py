@@ -70,6 +70,22 @@ def test_logits_agree_with_transformers(pool, models, expected, layout):
             assert (logits - expected[name]).abs().max() <= 1e-4, (layout, name)
 
 
+THREES = dict(num_heads=6, num_kv_heads=3, head_dim=8, tied=True)
+
+
+def test_three_ranks(pool, tmp_path):
+    """Heads in threes; layers dealt 1, 2, 1 because embedding and LM head count as one each."""
+    for family in ("qwen3", "qwen3_moe"):
+        path = save_tiny_hf_model(tmp_path / family, family, seed=3, expert_ffn_size=36, **THREES)
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+        with torch.no_grad():
+            wanted = model(TOKENS).logits
+        for layout, answering in (("TP3", 3), ("PP3-counted", 1)):
+            results = [r for r in pool(3).run(_all_logits, {family: str(path)}, layout) if r is not None]
+            assert len(results) == answering
+            assert all((result[family] - wanted).abs().max() <= 1e-4 for result in results), (family, layout)
+
+
 def _decode(paths: dict[str, str], layout: str, width: int) -> dict[str, torch.Tensor]:
     """Prefill of 8, then ``width`` tokens a step with the cache: the logits of each step's last token."""
     parallel = harness.start(layout)

@@ -10,7 +10,7 @@ from pathlib import Path
 from megatron_taopd.testing.tiny_models import save_tiny_hf_model
 
 STUDENT_VOCAB, TEACHER_VOCAB = 509, 523
-FAMILIES = ("qwen3", "qwen2", "llama", "qwen3_moe")
+FAMILIES = ("qwen3", "qwen2", "llama", "qwen3_moe", "llama-threes")
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,10 @@ class Layout:
     flags: tuple[str, ...]
 
     def suits(self, family: str, *, training: bool) -> bool:
-        """Experts are shared by models that have some, and trained with sequence parallelism only."""
+        """Experts are shared by models that have some, and trained with sequence parallelism only; three ranks want
+        heads in threes."""
+        if self.world_size == 3 or "threes" in family:
+            return self.world_size in (1, 3) and "threes" in family
         if not family.startswith("qwen3_moe"):
             return "--expert-model-parallel-size" not in self.flags
         return not training or "--tensor-model-parallel-size" not in self.flags or "--sequence-parallel" in self.flags
@@ -37,6 +40,7 @@ LAYOUTS = (
         4,
         ("--tensor-model-parallel-size", "2", "--pipeline-model-parallel-size", "2", "--sequence-parallel"),
     ),
+    Layout("TP3", 3, ("--tensor-model-parallel-size", "3")),
     Layout("EP2", 2, ("--expert-model-parallel-size", "2")),
     Layout(
         "TP2EP2SP",
@@ -56,15 +60,17 @@ LAYOUTS = (
 
 def make_pair(directory: Path, family: str, *, tied_student: bool = False, tied_teacher: bool = True) -> None:
     """A student and a teacher of other width, depth and vocabulary in ``directory``."""
+    kv_heads = 3 if family.endswith("-threes") else 4
+    family = family.removesuffix("-threes")
     save_tiny_hf_model(
         directory / "student",
         family,
         vocab_size=STUDENT_VOCAB,
-        hidden_size=32,
+        hidden_size=8 * kv_heads,
         num_layers=2,
-        num_heads=4,
-        num_kv_heads=4,
-        ffn_size=64,
+        num_heads=kv_heads,
+        num_kv_heads=kv_heads,
+        ffn_size=16 * kv_heads,
         tied=tied_student,
         seed=1,
     )
@@ -74,9 +80,9 @@ def make_pair(directory: Path, family: str, *, tied_student: bool = False, tied_
         vocab_size=TEACHER_VOCAB,
         hidden_size=48,
         num_layers=4,
-        num_heads=8,
-        num_kv_heads=4,
-        ffn_size=96,
+        num_heads=2 * kv_heads,
+        num_kv_heads=kv_heads,
+        ffn_size=24 * kv_heads,
         tied=tied_teacher,
         seed=2,
     )

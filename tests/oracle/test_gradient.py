@@ -30,9 +30,17 @@ CASES: dict[str, tuple[str, str | None, float | None, str]] = {
     "topk-reverse-union": ("topk_reverse_kl", "union", None, "qwen3-untied"),
     "topk-forward-teacher": ("topk_forward_kl", "teacher", None, "llama-tied"),
     "reverse-experts": ("reverse_kl", None, None, "qwen3_moe-untied"),
+    "reverse-threes": ("reverse_kl", None, None, "llama-threes"),
     "sampled-experts": ("sampled_reverse_kl", None, None, "qwen3_moe-untied"),
 }
-PAIRS = {"qwen3-tied": True, "qwen3-untied": False, "qwen2-tied": True, "llama-tied": True, "qwen3_moe-untied": False}
+PAIRS = {
+    "qwen3-tied": True,
+    "qwen3-untied": False,
+    "qwen2-tied": True,
+    "llama-tied": True,
+    "llama-threes": True,
+    "qwen3_moe-untied": False,
+}
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +48,9 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("gradient")
     for name, tied in PAIRS.items():
         (root / name).mkdir()
-        make_pair(root / name, name.split("-")[0], tied_student=tied, tied_teacher=not tied)
+        make_pair(
+            root / name, name.removesuffix("-tied").removesuffix("-untied"), tied_student=tied, tied_teacher=not tied
+        )
     make_rollouts(root / "rollouts.jsonl", seed=3)
     make_rollouts(root / "rollouts_logprobs.jsonl", seed=3, with_logprobs=True)
     return root
