@@ -141,6 +141,34 @@ CASES: dict[str, tuple[Callable[[Path], tuple[str, ...]], int, tuple[str, ...]]]
     "keep ratio 0": (flags("--keep-ratio=0"), 0, ("keep-ratio", "0")),
     "keep ratio above 1": (flags("--keep-ratio=1.5"), 0, ("keep-ratio", "1.5")),
     "unknown selector": (flags("--selector=teachabilty"), 0, ("teachabilty", "teachability_entropy")),
+    "unknown scope": (flags("--selection-scope=micro_batch"), 0, ("micro_batch", "global", "carried")),
+    "decay without a carried scope": (flags("--carried-decay=0.5"), 0, ("--carried-decay 0.5", "global", "carried")),
+    "agreement without a carried scope": (
+        flags("--carried-agreement-interval=2"),
+        0,
+        ("--carried-agreement-interval 2", "global", "carried"),
+    ),
+    "decay that learns nothing": (
+        flags("--selection-scope=carried", "--carried-decay=1"),
+        0,
+        ("--carried-decay 1", "[0, 1)"),
+    ),
+    "agreement never and always": (
+        flags("--selection-scope=carried", "--carried-agreement-interval=0"),
+        0,
+        ("--carried-agreement-interval 0", "at least 1"),
+    ),
+    "nothing to carry": (
+        flags("--selection-scope=carried", "--selector=random", "--carried-decay=0.5"),
+        0,
+        ("--carried-decay 0.5", "random", "no effect"),
+    ),
+    "recorded responses have no hidden states": (
+        flags("--score-from=rollout"),
+        0,
+        ("--score-from rollout", "file", "--rollout-engine megatron"),
+    ),
+    "unknown teacher type": (flags("--teacher-dtype=fp16"), 0, ("fp16", "bf16", "fp32")),
     "unknown flag": (flags("--keep-ration=0.1"), 0, ("--keep-ration", "--keep-ratio")),
 }
 
@@ -188,6 +216,28 @@ def test_yaml_key_with_suggestion(case: Path, capsys: pytest.CaptureFixture[str]
     (case / "run.yaml").write_text("keep_ration: 0.1\n")
     message = parse_failure(command(case, f"--config={case / 'run.yaml'}", name=name), capsys)
     assert "keep_ration" in message and "keep_ratio" in message and "run.yaml" in message
+
+
+def test_no_scoring_pass_to_score_from_rollout_for(case: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = [w for w in command(case) if not w.startswith("--rollout")] + [f"--prompt-data={case / 'prompts.jsonl'}"]
+    message = parse_failure([*words, "--score-from=rollout", "--selection-scope=carried"], capsys)
+    assert "--score-from rollout" in message and "--selection-scope carried" in message and "no effect" in message
+
+
+SCORE_CASES = {
+    "--selection-scope=carried": ("--selection-scope carried", "taopd score", "use global"),
+    "--score-from=rollout": ("--score-from",),
+    "--offload-teacher": ("--offload-teacher",),
+    "--offload-teacher-hidden": ("--offload-teacher-hidden",),
+}
+
+
+@pytest.mark.parametrize("flag", SCORE_CASES)
+def test_scoring_one_batch_refuses_what_needs_steps(case: Path, capsys: pytest.CaptureFixture[str], flag: str) -> None:
+    message = parse_failure(command(case, flag, name="score"), capsys)
+    for word in SCORE_CASES[flag]:
+        assert word in message, f"{word!r} is not in: {message}"
+    assert not (case / "out").exists()
 
 
 def test_unknown_sub_command(capsys: pytest.CaptureFixture[str]) -> None:
