@@ -25,6 +25,9 @@ class SampleCache(StaticInferenceContext):
     token :meth:`expand`; :meth:`keep` when samples have ended.
     """
 
+    max_batch_size: int
+    max_sequence_length: int
+
     def __init__(self, start_B: torch.Tensor, num_slots: int) -> None:
         """An empty cache.
 

@@ -14,6 +14,7 @@ from megatron_taopd.errors import ConfigError, DataError, ModelError
 from megatron_taopd.models import LoadedModel
 from megatron_taopd.rollout.config import RolloutConfig
 from megatron_taopd.rollout.megatron.generation import Answer, Decoding, generate
+from megatron_taopd.rollout.megatron.lockstep import finish_together
 from megatron_taopd.rollout.megatron.module_state import ready_for_inference
 
 logger = logging.getLogger(__name__)
@@ -110,6 +111,7 @@ class MegatronEngine:
                     rollouts[i] = self._rollout(prompts[i], sample_offset + i, answer)
                 if self.progress is not None:
                     self.progress(start + len(batch), len(prompts))
+            finish_together(self.student.module)
         return [rollouts[i] for i in range(len(prompts))]
 
     def _check(self, prompt: Prompt) -> None:

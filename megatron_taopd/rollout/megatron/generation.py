@@ -16,6 +16,7 @@ import torch
 from megatron_taopd.models import DistillationGPTModel
 from megatron_taopd.models.sample_cache import SampleCache
 from megatron_taopd.platform import device, distributed
+from megatron_taopd.rollout.megatron.lockstep import announce_forward
 from megatron_taopd.rollout.megatron.prefill import prefill_groups
 from megatron_taopd.rollout.megatron.wrapper import ModelWrapper, wrap_model
 from megatron_taopd.rollout.sampling import choose_tokens, sampling_numbers
@@ -76,6 +77,7 @@ def generate(
             kept_B = cache.keep(alive_B)
             tokens_B = tokens_B[kept_B]
             batch.keep(kept_B)
+        announce_forward(model.config)
         hidden_BH = wrapper.forward_tokens(tokens_B[:, None], first_row=0, slot=cache.sequence_len_offset)
 
 
@@ -87,6 +89,7 @@ def _read_prompts(wrapper: ModelWrapper, prompts: Sequence[tuple[int, ...]]) -> 
         width = len(prompts[group.stop - 1])
         padded = [(0,) * (width - len(prompt)) + prompt for prompt in prompts[group]]
         tokens_BL = torch.tensor(padded, device=device())
+        announce_forward(wrapper.model.config)
         parts.append(wrapper.forward_tokens(tokens_BL, first_row=group.start, slot=longest - width))
     present = [part for part in parts if part is not None]
     return torch.cat(present) if present else None
