@@ -1,221 +1,30 @@
 """What the sub-commands are told: keyword-only dataclasses whose fields are the flags.
 
 A field's docstring is its ``--help`` text. Knobs of a room (selection, loss, rollout, data, layout) live beside
-the code of that room; this file holds the rest and puts them together. Nothing here imports Megatron.
+the code of that room, the rest in ``run_config``; this file puts them together and checks what concerns several.
+Nothing here imports Megatron.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
 
 from megatron_taopd.data.config import DataConfig
 from megatron_taopd.errors import ConfigError
 from megatron_taopd.losses import LossConfig
 from megatron_taopd.platform.layout import ParallelConfig
 from megatron_taopd.rollout.config import RolloutConfig
+from megatron_taopd.run_config import (
+    BatchConfig,
+    CheckpointConfig,
+    LoggingConfig,
+    ModelPairConfig,
+    OptimizationConfig,
+    PrecisionConfig,
+    RecomputeConfig,
+    ScoringConfig,
+)
 from megatron_taopd.teachability import SelectionConfig
-
-
-@dataclass(kw_only=True)
-class ModelPairConfig:
-    """Student and teacher."""
-
-    student: str
-    """HF directory, or a Megatron checkpoint directory written by this project."""
-    teacher: str
-    """HF directory, or a Megatron checkpoint directory written by this project."""
-    teacher_dtype: Literal["bf16", "fp32"] | None = None
-    """Weights and activations of the teacher (default: the student's, see --bf16). bf16 beside an fp32 student halves
-    the teacher's memory."""
-    allow_stop_token_mismatch: bool = False
-    """Train although student and teacher stop on different token ids (this has collapsed runs)."""
-
-
-@dataclass(kw_only=True)
-class PrecisionConfig:
-    """Number formats."""
-
-    bf16: bool = False
-    """bf16 weights and activations for both models, with fp32 main weights in the optimizer (default: fp32)."""
-    fp8_format: Literal["e4m3", "hybrid"] | None = None
-    """FP8 through Transformer Engine; refused where Transformer Engine or the hardware is missing."""
-    fp8_recipe: Literal["delayed", "tensorwise", "blockwise", "mxfp8"] | None = None
-    """Scaling recipe of --fp8-format (default there: tensorwise)."""
-
-    def __post_init__(self) -> None:
-        if self.fp8_recipe is not None and self.fp8_format is None:
-            raise ConfigError(
-                f"--fp8-recipe {self.fp8_recipe} has no effect without --fp8-format; set that too or drop this"
-            )
-
-
-@dataclass(kw_only=True)
-class ScoringConfig:
-    """How both models are read."""
-
-    distillation_temperature: float | None = None
-    """Divides the logits of both models in D, C, H and the loss (default: --temperature, the one responses are
-    sampled with; needed where that is 0)."""
-    logits_chunk_bytes: int = 64 * 2**20
-    """Memory for one chunk of fp32 logits a model and rank. Memory never grows with tokens x vocabulary."""
-    score_from: Literal["forward", "rollout"] = "forward"
-    """Where scoring has the student's final hidden states from: a forward pass over the responses, or the generation
-    itself (--rollout-engine megatron), which then keeps a row of the hidden size a token; they differ by rounding."""
-    offload_teacher: bool = False
-    """Between scoring phases the teacher's weights wait in host memory; its LM head, which the loss needs, stays."""
-    offload_teacher_hidden: bool = False
-    """The teacher's hidden states wait in host memory until they are read."""
-
-    def __post_init__(self) -> None:
-        if self.distillation_temperature is not None and not self.distillation_temperature > 0:
-            raise ConfigError(f"--distillation-temperature {self.distillation_temperature} must be positive")
-        if self.logits_chunk_bytes < 2**16:
-            raise ConfigError(f"--logits-chunk-bytes {self.logits_chunk_bytes} must be at least {2**16}")
-
-    def resolve_temperature(self, sampling_temperature: float) -> float:
-        """The one temperature of statistics and loss.
-
-        Raises:
-            ConfigError: sampling is greedy and no distillation temperature is given.
-        """
-        if self.distillation_temperature is not None:
-            return self.distillation_temperature
-        if not sampling_temperature > 0:
-            raise ConfigError(
-                f"--temperature {sampling_temperature} samples greedily, and logits cannot be divided by it; "
-                "give --distillation-temperature (1 is usual)"
-            )
-        return sampling_temperature
-
-
-@dataclass(kw_only=True)
-class BatchConfig:
-    """Batch and length of the run."""
-
-    micro_batch_size: int = 1
-    """Responses a forward pass."""
-    global_batch_size: int = 8
-    """Responses a training step, over all data-parallel ranks."""
-    train_iters: int = 10
-    """Training steps in all, those of a resumed checkpoint included."""
-
-    def __post_init__(self) -> None:
-        for name in ("micro_batch_size", "global_batch_size", "train_iters"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"--{name.replace('_', '-')} {getattr(self, name)} must be at least 1")
-
-
-@dataclass(kw_only=True)
-class OptimizationConfig:
-    """Optimizer and schedule."""
-
-    optimizer: Literal["adam", "sgd"] = "adam"
-    """Megatron's AdamW, or SGD with momentum."""
-    lr: float = 1e-6
-    """Peak learning rate. Sparse budgets usually want a larger one than dense distillation."""
-    min_lr: float = 0.0
-    """The decay ends here."""
-    lr_decay_style: Literal["constant", "linear", "cosine", "inverse-square-root"] = "constant"
-    """Shape of the schedule after the warm-up."""
-    lr_warmup_iters: int = 0
-    """Iterations of linear warm-up from 0."""
-    lr_decay_iters: int | None = None
-    """Iterations after which the rate stays at --min-lr (default: --train-iters)."""
-    weight_decay: float = 0.1
-    """Decoupled weight decay; biases and norm weights have none."""
-    adam_beta1: float = 0.9
-    """Adam's first coefficient."""
-    adam_beta2: float = 0.999
-    """Adam's second coefficient."""
-    adam_eps: float = 1e-8
-    """Adam's epsilon."""
-    sgd_momentum: float = 0.9
-    """Momentum of SGD."""
-    clip_grad: float = 1.0
-    """Clip the global gradient norm to this; 0 does not clip (the norm is logged all the same)."""
-    use_distributed_optimizer: bool = False
-    """Shard optimizer state and main weights over the data-parallel ranks (Adam only)."""
-
-    def __post_init__(self) -> None:
-        if self.lr < 0 or self.min_lr < 0:
-            raise ConfigError(f"--lr {self.lr} and --min-lr {self.min_lr} must not be negative")
-        if self.min_lr > self.lr:
-            raise ConfigError(f"--min-lr {self.min_lr} is above --lr {self.lr}; lower it")
-        if self.lr_warmup_iters < 0:
-            raise ConfigError(f"--lr-warmup-iters {self.lr_warmup_iters} must not be negative")
-        if self.clip_grad < 0:
-            raise ConfigError(f"--clip-grad {self.clip_grad} must be 0 (no clipping) or positive")
-        if self.use_distributed_optimizer and self.optimizer != "adam":
-            raise ConfigError(
-                f"--use-distributed-optimizer shards Adam's state only and --optimizer is {self.optimizer!r}; "
-                "use --optimizer adam or drop the flag"
-            )
-
-
-@dataclass(kw_only=True)
-class RecomputeConfig:
-    """Activation recomputation of the student, as in Megatron."""
-
-    recompute_granularity: Literal["full", "selective"] | None = None
-    """Recompute whole layers, or Megatron's selective parts."""
-    recompute_method: Literal["uniform", "block"] | None = None
-    """How full recomputation cuts the layers."""
-    recompute_num_layers: int | None = None
-    """Layers a recomputed piece (uniform) or recomputed layers a stage (block)."""
-
-    def __post_init__(self) -> None:
-        if self.recompute_granularity == "full":
-            if self.recompute_method is None or self.recompute_num_layers is None:
-                raise ConfigError(
-                    "--recompute-granularity full needs --recompute-method and --recompute-num-layers (uniform 1 "
-                    "recomputes every layer)"
-                )
-        elif self.recompute_method is not None or self.recompute_num_layers is not None:
-            raise ConfigError(
-                "--recompute-method and --recompute-num-layers have an effect with --recompute-granularity full "
-                f"only, which is {self.recompute_granularity}"
-            )
-
-
-@dataclass(kw_only=True)
-class CheckpointConfig:
-    """What is kept."""
-
-    save: str | None = None
-    """Directory for Megatron checkpoints (torch_dist)."""
-    save_interval: int | None = None
-    """Checkpoint every so many iterations (default: at the end only)."""
-    load: str | None = None
-    """Resume from the newest checkpoint of this directory; with the same directory as --save, an empty one starts
-    a new run."""
-    export_hf: str | None = None
-    """Write the trained student as an HF directory at the end."""
-
-    def __post_init__(self) -> None:
-        if self.save_interval is not None:
-            if self.save is None:
-                raise ConfigError(
-                    f"--save-interval {self.save_interval} has no effect without --save; name a directory"
-                )
-            if self.save_interval < 1:
-                raise ConfigError(f"--save-interval {self.save_interval} must be at least 1")
-
-
-@dataclass(kw_only=True)
-class LoggingConfig:
-    """What is told."""
-
-    log_interval: int = 1
-    """Print a line every so many iterations; metrics.jsonl always gets each."""
-    log_dir: str | None = None
-    """Directory for metrics.jsonl and the resolved configuration."""
-    tensorboard_dir: str | None = None
-    """Directory for TensorBoard events."""
-
-    def __post_init__(self) -> None:
-        if self.log_interval < 1:
-            raise ConfigError(f"--log-interval {self.log_interval} must be at least 1")
 
 
 @dataclass(kw_only=True)

@@ -8,8 +8,8 @@ import torch
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
-from megatron_taopd.config import OptimizationConfig
 from megatron_taopd.errors import ConfigError
+from megatron_taopd.run_config import OptimizationConfig
 
 
 def build_optimizer(

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 
-from megatron_taopd.config import ModelPairConfig, PrecisionConfig, RecomputeConfig
 from megatron_taopd.data.tokenizer import check_tokenizers_agree, load_tokenizer
 from megatron_taopd.models import (
     LoadedModel,
@@ -21,6 +20,7 @@ from megatron_taopd.models import (
 from megatron_taopd.ops.head import HeadShard
 from megatron_taopd.platform import device, distributed, has_cuda
 from megatron_taopd.platform.layout import ParallelConfig
+from megatron_taopd.run_config import ModelPairConfig, PrecisionConfig, RecomputeConfig
 from megatron_taopd.training.offload import OffloadedWeights
 
 logger = logging.getLogger(__name__)

@@ -10,9 +10,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from megatron_taopd import cli
-from megatron_taopd.config import ModelPairConfig, OptimizationConfig, PrecisionConfig
 from megatron_taopd.platform import distributed
 from megatron_taopd.platform.layout import ParallelConfig
+from megatron_taopd.run_config import ModelPairConfig, OptimizationConfig, PrecisionConfig
 from tests.oracle import reference
 from tests.oracle.cases import STUDENT_VOCAB, make_pair, make_rollouts
 
