@@ -97,12 +97,11 @@ def _mark_sharded_parameters(module: DistillationGPTModel) -> None:
                 parameter.tensor_model_parallel = True  # type: ignore[attr-defined]
                 parameter.partition_dim = dim  # type: ignore[attr-defined]
                 parameter.partition_stride = 1  # type: ignore[attr-defined]
-    config = module.config
-    if config.expert_tensor_parallel_size != config.tensor_model_parallel_size:
-        # Other ranks than for the rest of the model hold the same expert. Megatron sees that at EP > 1 only.
-        for name, parameter in module.named_parameters():
-            if ".experts." in name:
-                parameter.allreduce = False
+    # Experts are reduced over ranks of their own. Megatron marks them at EP > 1 only; marked always, they are right at
+    # any ETP, and the optimizer has the same parts at every layout, so that its state loads at any other.
+    for name, parameter in module.named_parameters():
+        if ".experts." in name:
+            parameter.allreduce = False
 
 
 def load_model(

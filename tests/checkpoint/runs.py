@@ -25,6 +25,9 @@ class Kind:
 
     tp: int = 1
     pp: int = 1
+    ep: int = 1
+    etp: int | None = None
+    sp: bool = False
     optimizer: str = "adam"
     bf16: bool = False
     distributed_optimizer: bool = False
@@ -45,7 +48,13 @@ class Run:
         from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
         from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
-        parallel = ParallelConfig(tensor_model_parallel_size=kind.tp, pipeline_model_parallel_size=kind.pp)
+        parallel = ParallelConfig(
+            tensor_model_parallel_size=kind.tp,
+            pipeline_model_parallel_size=kind.pp,
+            expert_model_parallel_size=kind.ep,
+            expert_tensor_parallel_size=kind.etp,
+            sequence_parallel=kind.sp,
+        )
         distributed.initialize(parallel, seed=kind.seed)
         dtype = torch.bfloat16 if kind.bf16 else torch.float32
         self.loaded: LoadedModel = load_model(
