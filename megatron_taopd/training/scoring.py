@@ -102,8 +102,7 @@ def score_micro_batches(
 ) -> list[TokenStatistics]:
     """Statistics of every response position, micro-batch by micro-batch; an empty list off the last stage.
 
-    The student makes a forward pass, and its hidden states are held for one micro-batch at a time; or it makes none,
-    where the micro-batches carry the hidden states of the rollout.
+    The student makes a forward pass; its hidden states are held for one micro-batch at a time.
     """
 
     def score(teacher: Iterator[HeldRows], micro_batch: MicroBatch, hidden_SBH: torch.Tensor) -> TokenStatistics:
@@ -117,8 +116,10 @@ def score_from_rollout(
     reader: RowReader, micro_batches: Sequence[MicroBatch], teacher_rows: Sequence[HeldRows]
 ) -> list[TokenStatistics]:
     """The same without a forward pass of the student, from the hidden states that the rollout kept. They are let go."""
-    parts = []
-    for micro_batch, teacher in zip(micro_batches, teacher_rows, strict=False):  # no teacher rows off the last stage
+    parts: list[TokenStatistics] = []
+    if not distributed.is_last_stage():
+        return parts
+    for micro_batch, teacher in zip(micro_batches, teacher_rows, strict=True):
         assert micro_batch.student_hidden_RH is not None, "the rollout keeps hidden states on last-stage ranks"
         parts.append(reader(micro_batch, micro_batch.student_hidden_RH, teacher.read()))
         micro_batch.student_hidden_RH = None
