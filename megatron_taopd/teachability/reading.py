@@ -16,8 +16,14 @@ from megatron_taopd.ops.candidates import ABSENT_ID, block_maxima, find_candidat
 from megatron_taopd.ops.collectives import Group, all_gather
 from megatron_taopd.ops.head import HeadShard
 from megatron_taopd.ops.tiles import TilePlan, row_blocks, rows_of_block
+from megatron_taopd.teachability.softmax_sums import (
+    NUM_SUMS,
+    CompiledSoftmaxSums,
+    PlainSoftmaxSums,
+    SoftmaxSums,
+    combine_sums,
+)
 
-_SUMS = 6
 _FAR_BELOW = -1e30  # stands for the maximum over no ids: its sums vanish, and no NaN comes of it
 
 
@@ -70,6 +76,7 @@ class LogitReader:
         *,
         k: int,
         temperature: float,
+        compiled: bool = False,
     ) -> None:
         self.heads = (student_head, teacher_head)
         self.plan = plan
@@ -86,8 +93,11 @@ class LogitReader:
             return torch.empty(rows * width, dtype=self.dtype, device=weight.device)
 
         self.tiles = (buffer(plan.rows), buffer(plan.rows))
-        block = rows_of_block(plan.rows, width, weight.device)
-        self.scratch = (buffer(block), buffer(block), buffer(block))
+        if compiled:
+            self.softmax_sums: SoftmaxSums = CompiledSoftmaxSums()
+        else:
+            block = rows_of_block(plan.rows, width, weight.device)
+            self.softmax_sums = PlainSoftmaxSums((buffer(block), buffer(block), buffer(block)))
 
     def read(
         self, student_hidden_RH: torch.Tensor, teacher_hidden_RH: torch.Tensor, token_ids_R: torch.Tensor
@@ -136,12 +146,9 @@ class LogitReader:
                 of_model.append(block_maxima(tile_RW))
                 top_R.append(of_model[-1].amax(-1))
             student, teacher = (tile_RW[:, :width] for tile_RW in tiles)
-            sums_of_blocks.append(softmax_sums(student, teacher, top_R[0], top_R[1], self._scratch(student)))
+            sums_of_blocks.append(self.softmax_sums(student, teacher, top_R[0], top_R[1]))
         sums.append(torch.cat(sums_of_blocks, dim=1))
         return torch.cat(maxima[0]), torch.cat(maxima[1])
-
-    def _scratch(self, like_RW: torch.Tensor) -> list[torch.Tensor]:
-        return [buffer[: like_RW.numel()].view(like_RW.shape) for buffer in self.scratch]
 
     def _better(
         self,
@@ -165,7 +172,7 @@ class LogitReader:
         k = self.k
         columns = [*pack_candidates(lists[0]), *pack_candidates(lists[1]), sums_8R.t().to(self.dtype), token_R2]
         gathered_PRC = all_gather(torch.cat(columns, dim=-1), self.group)
-        packed_s, packed_t, sums_PR8, token_PR2 = gathered_PRC.split([3 * k, 3 * k, 2 + _SUMS, 2], dim=-1)
+        packed_s, packed_t, sums_PR8, token_PR2 = gathered_PRC.split([3 * k, 3 * k, NUM_SUMS, 2], dim=-1)
         of_s, of_t = (best_of(unpack_candidates(packed, k), k) for packed in (packed_s, packed_t))
         sums = combine_sums(sums_PR8.transpose(1, 2)).unbind(0)
         max_s, max_t, mass_s, mass_t, dot_s, dot_t, gap_s, gap_t = sums
@@ -192,7 +199,7 @@ class LogitReader:
         return Candidates(own, torch.full_like(own, ABSENT_ID, dtype=torch.int64), torch.zeros_like(own))
 
     def _no_sums(self, num_rows: int, device: torch.device) -> torch.Tensor:
-        sums = torch.zeros(2 + _SUMS, num_rows, dtype=torch.float64, device=device)
+        sums = torch.zeros(NUM_SUMS, num_rows, dtype=torch.float64, device=device)
         sums[:2] = _FAR_BELOW
         return sums
 
@@ -216,42 +223,3 @@ def unpack_candidates(packed_PRC: torch.Tensor, k: int) -> list[Candidates]:
     own, ids, other = packed_PRC.split(k, dim=-1)
     ids = ids.contiguous().view(integers).long()
     return [Candidates(*columns) for columns in zip(own, ids, other, strict=True)]
-
-
-def softmax_sums(
-    student_RW: torch.Tensor,
-    teacher_RW: torch.Tensor,
-    max_s_R: torch.Tensor,
-    max_t_R: torch.Tensor,
-    scratch: list[torch.Tensor],
-) -> torch.Tensor:
-    """Maxima and softmax sums of a tile, float64 [8, R].
-
-    With e = exp(z - max) of student and teacher: max_s, max_t, sum e_s, sum e_t, sum e_s (z_s - max_s), sum e_t (z_t -
-    max_t), sum e_s (z_s - z_t), sum e_t (z_s - z_t).
-
-    Args:
-        scratch: three buffers of the tile's shape, overwritten.
-    """
-    gap_RW, shifted_RW, mass_RW = scratch
-    torch.sub(student_RW, teacher_RW, out=gap_RW)
-    mass, dot, gap = [], [], []
-    for logits_RW, max_R in ((student_RW, max_s_R), (teacher_RW, max_t_R)):
-        torch.sub(logits_RW, max_R[:, None], out=shifted_RW)
-        torch.exp(shifted_RW, out=mass_RW)
-        mass.append(mass_RW.sum(-1))
-        dot.append(shifted_RW.mul_(mass_RW).sum(-1))
-        gap.append(mass_RW.mul_(gap_RW).sum(-1))
-    return torch.stack([max_s_R, max_t_R, *mass, *dot, *gap]).double()
-
-
-def combine_sums(parts_P8R: torch.Tensor) -> torch.Tensor:
-    """:func:`softmax_sums` over all ids [8, R] from those of disjoint parts [P, 8, R]."""
-    parts_P8R = parts_P8R.double()
-    maximum_P2R, mass_P2R, dot_P2R, gap_P2R = parts_P8R.split(2, dim=1)
-    maximum_2R = maximum_P2R.amax(0)
-    lower_P2R = maximum_P2R - maximum_2R
-    scale_P2R = lower_P2R.exp()
-    mass = scale_P2R * mass_P2R
-    dot = scale_P2R * (dot_P2R + lower_P2R * mass_P2R)
-    return torch.cat([maximum_2R, mass.sum(0), dot.sum(0), (scale_P2R * gap_P2R).sum(0)])

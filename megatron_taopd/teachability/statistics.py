@@ -95,6 +95,7 @@ def token_statistics(
     temperature: float = 1.0,
     support_mode: SupportMode = "exact",
     logits_chunk_bytes: int = DEFAULT_LOGITS_CHUNK_BYTES,
+    compiled: bool = False,
 ) -> TokenStatistics:
     """Statistics of every row (arXiv 2605.26844), without gradient. All ranks of the heads' group call it.
 
@@ -108,9 +109,11 @@ def token_statistics(
         temperature: divides the logits of both models.
         support_mode: ``exact``, or ``upstream`` for D and C as the released code sees them.
         logits_chunk_bytes: memory for one tile of one model's fp32 logits: two exist at once (five on GPUs).
+        compiled: run the elementwise passes as one torch.compile loop.
 
     Raises:
-        ConfigError: K is larger than the vocabulary, or the temperature is not positive.
+        ConfigError: K is larger than the vocabulary, the temperature is not positive, or ``compiled`` without a
+            compiler.
         DataError: a response token is outside the common vocabulary.
     """
     student_head.check_lines_up_with(teacher_head)
@@ -120,7 +123,7 @@ def token_statistics(
     check_token_ids(token_ids_R, student_head.vocab_size)
     num_rows = token_ids_R.numel()
     plan = TilePlan.within(logits_chunk_bytes, num_rows=num_rows, num_ids=student_head.weight.shape[0])
-    reader = LogitReader(student_head, teacher_head, plan, k=k, temperature=temperature)
+    reader = LogitReader(student_head, teacher_head, plan, k=k, temperature=temperature, compiled=compiled)
     parts = []
     for rows in plan.row_slices(num_rows):
         reading = reader.read(student_hidden_RH[rows], teacher_hidden_RH[rows], token_ids_R[rows])

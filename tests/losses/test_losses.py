@@ -11,6 +11,8 @@ import torch
 
 from megatron_taopd.errors import ConfigError
 from megatron_taopd.losses import LOSSES, LossConfig, distillation_loss
+from megatron_taopd.losses.functions import LossInputs
+from megatron_taopd.losses.fused import FUSED_LOSSES
 from megatron_taopd.ops import HeadShard
 from megatron_taopd.testing import WorkerPool
 from tests.naive import Problem, loss_rows, make_problem
@@ -310,6 +312,61 @@ def test_bf16_stays_close() -> None:
     torch.testing.assert_close(outcome.loss.double(), want.loss, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(outcome.grad_hidden.double(), want.grad_hidden, rtol=2e-2, atol=2e-2)
     torch.testing.assert_close(outcome.grad_weight.double(), want.grad_weight, rtol=2e-2, atol=2e-2)
+
+
+def test_head_gradient_reaches_main_grad_in_fp32() -> None:
+    """Megatron's DDP keeps an fp32 ``main_grad`` beside bf16 weights: what arrives there is not rounded to bf16,
+    adds to what is there, and is not added a second time through ``.grad``."""
+    problem, _ = problem_of("padding", torch.bfloat16)
+    student, teacher, weight = shards(problem)
+    weight.main_grad = torch.ones_like(weight, dtype=torch.float32)
+    for _ in range(2):
+        loss, _ = distillation_loss(
+            problem.student_hidden.clone().requires_grad_(),
+            problem.teacher_hidden,
+            problem.tokens,
+            problem.old_logprobs,
+            student,
+            teacher,
+            config=LossConfig(),
+        )
+        (UPSTREAM_GRADIENT * loss).backward()
+    assert weight.grad.abs().max() == 0
+    hidden = problem.student_hidden.float()
+    logits = (hidden @ weight.detach().float()[: problem.vocab].t()).requires_grad_()
+    log_s = logits.log_softmax(-1)
+    log_t = problem.logits()[1].float().log_softmax(-1)
+    (grad_logits,) = torch.autograd.grad((log_s.exp() * (log_s - log_t)).sum(), logits)
+    # The gradient of the logits is rounded to bf16 before the product, as every operand is; the sum is not.
+    want = 1 + 2 * UPSTREAM_GRADIENT * (grad_logits.bfloat16().float().t() @ hidden)
+    torch.testing.assert_close(weight.main_grad[: problem.vocab], want, rtol=1e-5, atol=1e-4)
+
+
+def test_fused_losses_equal_the_plain_functions() -> None:
+    """Over several blocks of rows and chunks, in fp32 at the size of a real vocabulary."""
+    problem = make_problem(70, 30_000, padded=30_016).to(torch.float32)
+    for loss, config in LOSS_CASES.items():
+        if config.loss not in FUSED_LOSSES:
+            continue
+        fused = run_one(problem, config, chunk_rows=40)
+        student = problem.logits()[0].requires_grad_()
+        rows, _ = LOSSES[config.loss](
+            LossInputs(
+                student_logits_RV=student,
+                teacher_logits_RV=problem.logits()[1],
+                token_ids_R=problem.tokens,
+                old_logprobs_R=problem.old_logprobs.double(),
+                vocab_start=0,
+                vocab_size=problem.vocab,
+                group=None,
+                jsd_beta=config.jsd_beta or 0.5,
+                ratio_clip=config.loss_ratio_clip,
+            )
+        )
+        (grad,) = torch.autograd.grad(rows.sum(), student)
+        want = UPSTREAM_GRADIENT * grad @ problem.student_weight[: problem.vocab].double()
+        torch.testing.assert_close(fused.loss.double(), rows.sum().detach(), rtol=1e-5, atol=1e-5, msg=loss)
+        torch.testing.assert_close(fused.grad_hidden.double(), want, rtol=1e-4, atol=1e-4, msg=loss)
 
 
 def mine(x):

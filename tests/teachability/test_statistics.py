@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 from collections.abc import Callable
 from dataclasses import fields
 
@@ -116,6 +117,15 @@ def test_tiles_do_not_matter(pool: Callable[[int], WorkerPool], ranks: int, ties
         for got in pool(ranks).run(in_tiles, problem, num_bytes):
             for name in NAMES:
                 torch.testing.assert_close(got[name], want[name], rtol=1e-10, atol=1e-10, check_dtype=False, msg=name)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on CPU")
+def test_compiled_passes_are_close() -> None:
+    """One compiled loop adds up in fp32 in another order; ids and C come from the same code."""
+    problem = make_problem(9, 301, padded=312).to(torch.float32)
+    compiled = compute(problem, k=16, compiled=True)
+    for name, value in compute(problem, k=16).items():
+        torch.testing.assert_close(compiled[name], value, rtol=1e-4, atol=1e-5, msg=name)
 
 
 def traffic(rows: int, k: int) -> list[tuple[str, int]]:
