@@ -6,6 +6,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
+from megatron_taopd.data.sentencepiece_tokenizer import SentencePieceTokenizer
 from megatron_taopd.errors import ModelError, TokenizerMismatchError
 
 logger = logging.getLogger(__name__)
@@ -17,7 +18,8 @@ _NUM_SHOWN = 5
 def load_tokenizer(source: str | Path) -> Any | None:
     """The tokenizer of an HF directory or of a Megatron checkpoint; None where there are no tokenizer files.
 
-    Code that comes with a tokenizer is never run.
+    One of transformers, or a :class:`SentencePieceTokenizer` where ``tokenizer.model`` is there and no
+    ``tokenizer.json``. Code that comes with a tokenizer is never run.
 
     Raises:
         ModelError: there is no such directory, or the files do not make a tokenizer.
@@ -25,6 +27,8 @@ def load_tokenizer(source: str | Path) -> Any | None:
     directory = _hf_directory(source)
     if not any((directory / name).is_file() for name in _TOKENIZER_FILES):
         return None
+    if (directory / "tokenizer.model").is_file() and not (directory / "tokenizer.json").is_file():
+        return SentencePieceTokenizer(directory)
     from transformers import AutoTokenizer
 
     try:
