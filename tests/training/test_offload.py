@@ -98,6 +98,28 @@ def test_held_rows_are_read_as_they_were(on_host: bool) -> None:
     assert held.read().shape == (0, 3)
 
 
+@pytest.mark.skipif(not has_cuda(), reason="needs a GPU")
+def test_device_memory_is_free_while_weights_and_rows_are_away() -> None:
+    device = torch.device("cuda", torch.cuda.current_device())
+    module = torch.nn.Linear(1024, 1024, device=device).requires_grad_(False)
+    x, full = torch.randn(8, 1024, device=device), torch.cuda.memory_allocated()
+    wanted = module(x)
+    offloaded = OffloadedWeights(module, device=device)
+    assert torch.cuda.memory_allocated() <= full + wanted.nbytes - 1024 * 1024 * 4
+    assert all(host.is_pinned() for host in offloaded.host)
+    with offloaded.on_device():
+        assert torch.equal(module(x), wanted)
+    rows = torch.randn(512, 1024, device=device)
+    copy = rows.cpu()
+    held = HeldRows(rows, on_host=True)
+    before = torch.cuda.memory_allocated()
+    del rows
+    assert torch.cuda.memory_allocated() == before - 512 * 1024 * 4
+    assert held.read().device == device and torch.equal(held.read().cpu(), copy)
+    held.keep(torch.arange(512, device=device) % 2 == 0)
+    assert torch.equal(held.read().cpu(), copy[::2])
+
+
 @pytest.mark.skipif(has_cuda(), reason="a GPU has something to move")
 def test_without_a_gpu_a_warning_says_that_nothing_moves(caplog: pytest.LogCaptureFixture) -> None:
     log = logging.getLogger("megatron_taopd")
