@@ -116,7 +116,8 @@ def measure(shape: Shape, args: argparse.Namespace) -> common.Table:
         if lines[name].checked:
             check(name, run, problem, dense_torch(args.kl, lines[name].rows))
     runs = {name: partial(_call, run, problem) for name, run in contenders.items()}
-    times = common.time_all(runs, rounds=args.rounds, budget=args.budget)
+    # Checking has warmed up all but the bare products.
+    times = common.time_all(runs, rounds=args.rounds, warmups=0, budget=args.budget)
     del problem, runs
 
     weight_gradient = 4 * shape.vocab * shape.student_hidden

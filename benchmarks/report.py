@@ -19,12 +19,13 @@ def markdown(tables: Sequence[dict[str, Any]], heading: str = "###") -> str:
     parts: list[str] = []
     machine = None
     for table in tables:
-        if table["environment"] != machine and table["environment"]:
-            machine = table["environment"]
-            parts.append(_machine(machine))
+        if table["environment"] and _machine(table["environment"]) != machine:
+            machine = _machine(table["environment"])
+            parts.append(machine)
         parts.append(f"{heading} {table['title']}")
         if table["command"]:
-            parts.append(f"`{table['command']}`")
+            threads, processes = (table["environment"][name] for name in ("threads", "processes"))
+            parts.append(f"`{table['command']}` (threads a process: {threads}; processes: up to {processes})")
         parts.append(_table(table["columns"], table["rows"]))
         parts += table["notes"]
     return "\n\n".join(parts) + "\n"
@@ -34,8 +35,7 @@ def _machine(environment: dict[str, Any]) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in environment["versions"].items() if version)
     return (
         f"{environment['date']}, commit {environment['commit']}; {environment['cpu']}, {environment['cores']} cores, "
-        f"{environment['memory_gib']:g} GiB; threads: {environment['threads']}; Python {environment['python']}, "
-        f"{versions}."
+        f"{environment['memory_gib']:g} GiB; Python {environment['python']}, {versions}."
     )
 
 

@@ -1,0 +1,149 @@
+"""All benchmarks, one process after the other, and the table of targets.
+
+    python benchmarks/run.py --short    under ten minutes on two cores
+    python benchmarks/run.py --full     the shapes of docs/benchmarks.md; hours, on a machine that does nothing else
+
+Writes results.md and results.json; what is there of an earlier run is replaced, benchmark by benchmark.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import subprocess
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import common
+from report import markdown
+from targets import targets_table
+
+HERE = Path(__file__).parent
+
+
+class Job(NamedTuple):
+    """One benchmark and its arguments."""
+
+    script: str
+    short: str
+    full: str
+
+
+JOBS = {
+    "score": Job(
+        "bench_score.py",
+        "--shapes 512,512,1024,32768 512,576,576,49152 --rounds 3 --floor-rows 128 512",
+        "--rounds 7",
+    ),
+    "loss": Job(
+        "bench_loss.py",
+        "--shapes 512,512,1024,32768 --rounds 2 --logits-chunk-bytes 16777216",
+        "--rounds 5",
+    ),
+    "tp": Job(
+        "bench_tp.py", "--shapes 256,128,256,8192 256,128,256,16384 --ranks 1 2 4 --rounds 2", "--support-k 8 16"
+    ),
+    "growth": Job(
+        "bench_growth.py",
+        "--base 256,64,128,16384 --factors 1 2 4 --ranks 1 2 --rounds 2",
+        "--rounds 5",
+    ),
+    "step": Job(
+        "bench_step.py",
+        "--processes 1 --batch 4 --response-length 32 --steps 1 --rounds 1",
+        "--processes 1 2 --batch 16 --response-length 128 --steps 3 --rounds 2",
+    ),
+    "rollout": Job(
+        "bench_rollout.py",
+        "--batch 4 --new-tokens 16 --repeats 2",
+        "--batch 16 --new-tokens 64 --repeats 5",
+    ),
+}
+
+
+def run_job(name: str, words: list[str], out: Path) -> list[common.Table] | str:
+    """The tables of one benchmark, or why there are none."""
+    json_path = out / f"{name}.json"
+    json_path.unlink(missing_ok=True)
+    told = [*words, "--json" if name == "rollout" else "--out", str(json_path)]
+    script = str(HERE / JOBS[name].script)
+    done = subprocess.run([sys.executable, script, *told], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    if done.returncode:
+        return f"exit code {done.returncode}: {done.stderr.strip()[-2000:]}"
+    answer = json.loads(json_path.read_text(encoding="utf-8"))
+    if name == "rollout":
+        return [rollout_table(answer, words)]
+    for table in answer:
+        table["command"] = command(name, words)
+    return [common.Table(**table) for table in answer]
+
+
+def command(name: str, words: list[str]) -> str:
+    return shlex.join(["python", f"benchmarks/{JOBS[name].script}", *words])
+
+
+def rollout_table(answer: dict[str, Any], words: list[str]) -> common.Table:
+    settings = answer["settings"]
+    return common.Table(
+        name="rollout",
+        title="Rollout against transformers' generate",
+        columns={
+            "case": "case",
+            "ours_cpu": "ours, tokens a CPU second",
+            "transformers_cpu": "transformers",
+            "ratio_cpu": "ratio, CPU",
+            "ratio_wall": "ratio, wall",
+        },
+        rows=answer["rows"],
+        notes=[f"Batch {settings['batch']}, up to {settings['new_tokens']} tokens a response; one process."],
+        command=command("rollout", words),
+        environment=common.environment(settings["threads"]),
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    length = parser.add_mutually_exclusive_group(required=True)
+    length.add_argument("--short", action="store_true", help="reduced shapes")
+    length.add_argument("--full", action="store_true", help="the shapes of the documentation")
+    parser.add_argument("--only", nargs="+", choices=list(JOBS), default=list(JOBS), help="benchmarks to run")
+    parser.add_argument("--models", type=Path, default=None, help="student and teacher of the step benchmark")
+    parser.add_argument("--threads", type=int, default=None, help="of torch in every process (default: each script's)")
+    parser.add_argument("--out", type=Path, default=Path("build/benchmarks"), help="folder of the results")
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+
+    failed = {}
+    results = args.out / "results.json"
+    earlier = json.loads(results.read_text(encoding="utf-8")) if results.exists() else []
+    tables = [common.Table(**table) for table in earlier if table["name"] != "targets"]
+    for name in args.only:
+        words = shlex.split(JOBS[name].short if args.short else JOBS[name].full)
+        if name == "step" and args.models is not None:
+            words += ["--models", str(args.models)]
+        if args.threads is not None:
+            words += ["--threads", str(args.threads)]
+        print(f"== {command(name, words)}", flush=True)
+        started = time.perf_counter()
+        answer = run_job(name, words, args.out)
+        print(f"== {time.perf_counter() - started:.0f} s", flush=True)
+        if isinstance(answer, str):
+            failed[name] = answer
+            print(answer, file=sys.stderr, flush=True)
+            continue
+        tables = [table for table in tables if table.name.split("/")[0] != name] + answer
+    data = [asdict(table) for table in [targets_table(tables), *tables]]
+    results.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+    text = markdown(data)
+    (args.out / "results.md").write_text(text, encoding="utf-8")
+    print(text)
+    if failed:
+        raise SystemExit(f"failed: {', '.join(failed)}; what they said is above")
+
+
+if __name__ == "__main__":
+    main()
