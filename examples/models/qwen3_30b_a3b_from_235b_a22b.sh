@@ -1,0 +1,14 @@
+#!/usr/bin/env bash
+# The mixture Qwen3-30B-A3B from the mixture Qwen3-235B-A22B, 4 nodes of 8 GPUs of 80 GB: two stages, four replicas of
+# eight GPUs, whole experts (ETP 1) dealt over the sixteen GPUs of a stage.
+set -euo pipefail
+STUDENT=${STUDENT:-models/Qwen3-30B-A3B}
+TEACHER=${TEACHER:-models/Qwen3-235B-A22B}
+NODES=${NODES:-4}
+source "$(dirname "$0")/common.sh"
+LAYOUT=(
+  --tensor-model-parallel-size 4 --sequence-parallel
+  --pipeline-model-parallel-size 2
+  --expert-model-parallel-size 16 --expert-tensor-parallel-size 1
+)
+launch "$@"
