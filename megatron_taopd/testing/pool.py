@@ -96,7 +96,7 @@ class WorkerPool:
         try:
             for rank in range(self.world_size):
                 ours, theirs = context.Pipe()
-                arguments = (theirs, rank, self.world_size, self._store.port, port, self.timeout)
+                arguments = (theirs, rank, self.world_size, self._store.port, port, self.timeout, os.getpid())
                 process = context.Process(target=_serve, args=arguments)
                 process.start()
                 theirs.close()
@@ -162,10 +162,10 @@ def _free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def _serve(pipe: Any, rank: int, world_size: int, store_port: int, port: int, timeout: float) -> None:
+def _serve(pipe: Any, rank: int, world_size: int, store_port: int, port: int, timeout: float, caller: int) -> None:
     """Body of a rank: set up the process group, then answer calls until told to stop."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the caller, which ends the ranks
-    threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
+    threading.Thread(target=_end_with_caller, args=(caller,), daemon=True).start()
     os.environ.update(
         RANK=str(rank),
         LOCAL_RANK=str(rank),
@@ -193,9 +193,9 @@ def _serve(pipe: Any, rank: int, world_size: int, store_port: int, port: int, ti
     os._exit(0)  # a peer may be gone already, and taking groups down in order would wait for it
 
 
-def _end_with_parent(parent: int) -> None:
-    """A rank that waits in a collective would outlive a caller that was killed."""
-    while os.getppid() == parent:
+def _end_with_caller(caller: int) -> None:
+    """A rank that waits in a collective would outlive a caller that was killed (perhaps while the rank was starting)."""
+    while os.getppid() == caller:
         time.sleep(1.0)
     os._exit(1)
 
