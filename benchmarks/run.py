@@ -62,6 +62,7 @@ JOBS = {
         "--batch 4 --new-tokens 16 --repeats 2",
         "--batch 16 --new-tokens 64 --repeats 5",
     ),
+    "convert": Job("bench_convert.py", "--gigabytes 0.6", "--gigabytes 2"),
 }
 
 
@@ -125,7 +126,7 @@ def main() -> None:
         words = shlex.split(JOBS[name].short if args.short else JOBS[name].full)
         if name == "step" and args.models is not None:
             words += ["--models", str(args.models)]
-        if args.threads is not None:
+        if args.threads is not None and name != "convert":  # which is about files
             words += ["--threads", str(args.threads)]
         print(f"== {command(name, words)}", flush=True)
         started = time.perf_counter()
