@@ -27,6 +27,7 @@ from megatron.core.transformer.transformer_layer import (
 )
 
 from megatron_taopd.errors import ConfigError
+from megatron_taopd.models.context import context_attention, packed_attention
 from megatron_taopd.models.sample_cache import CachedSelfAttention
 from megatron_taopd.models.transformer_config import use_transformer_engine
 
@@ -67,12 +68,17 @@ class CoreAttention(MegatronModule):
         attention_type: str,
         attention_dropout: float | None = None,
         softmax_scale: float | None = None,
+        pg_collection: Any | None = None,
         **unused: Any,
     ) -> None:
         super().__init__(config=config)
         if config.attention_dropout or attention_dropout:
             raise ConfigError("attention_dropout must be 0 with the local layers")
         self.softmax_scale = softmax_scale
+        self.context_group = None
+        if config.context_parallel_size > 1:
+            assert pg_collection is not None, "Megatron hands its process groups to the attention"
+            self.context_group = pg_collection.cp
 
     def forward(
         self,
@@ -92,12 +98,20 @@ class CoreAttention(MegatronModule):
             value: [S_k, B, G, D].
             attention_mask: of a forward with :class:`SampleCache`: broadcasts to [B, A, S_q, S_k], True where a key
                 is hidden; it then says all. None: the lengths say it, see the class.
+            packed_seq_params: sequences that lie end to end, without B; see :func:`packed_attention`.
 
         Returns:
-            [S_q, B, A*D].
+            [S_q, B, A*D]; [S_q, A*D] of packed sequences.
         """
-        if packed_seq_params is not None or attention_bias is not None:
-            raise NotImplementedError("the local attention has neither packed sequences nor an attention bias")
+        if attention_bias is not None:
+            raise NotImplementedError("the local attention has no attention bias")
+        group, scale = self.context_group, self.softmax_scale
+        if packed_seq_params is not None:
+            return packed_attention(query, key, value, packed_seq_params, group=group, scale=scale)
+        if group is not None:
+            if attention_mask is not None:
+                raise NotImplementedError("the local attention has no mask of its own under context parallelism")
+            return context_attention(query, key, value, group=group, scale=scale)
         length_q, length_k = query.shape[0], key.shape[0]
         visible = None
         if attention_mask is not None:

@@ -142,6 +142,21 @@ def tensor_parallel_size() -> int:
     return _parallel_state().get_tensor_model_parallel_world_size()
 
 
+def context_parallel_group() -> dist.ProcessGroup:
+    """Ranks that share this rank's sequences."""
+    return _parallel_state().get_context_parallel_group()
+
+
+def context_parallel_rank() -> int:
+    """Index of this rank's part of a sequence."""
+    return _parallel_state().get_context_parallel_rank()
+
+
+def context_parallel_size() -> int:
+    """Number of parts of a sequence."""
+    return _parallel_state().get_context_parallel_world_size()
+
+
 def expert_parallel_group() -> dist.ProcessGroup:
     """Ranks among which the experts of this rank's layers are dealt."""
     return _parallel_state().get_expert_model_parallel_group()
