@@ -16,7 +16,7 @@ import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import common
 from report import markdown
@@ -59,8 +59,8 @@ JOBS = {
     ),
     "rollout": Job(
         "bench_rollout.py",
-        "--batch 4 --new-tokens 16 --repeats 2",
-        "--batch 16 --new-tokens 64 --repeats 5",
+        "--batch 4 --new-tokens 16 --rounds 2",
+        "--batch 16 --new-tokens 64 --rounds 5",
     ),
     "convert": Job("bench_convert.py", "--gigabytes 0.6", "--gigabytes 2"),
 }
@@ -70,14 +70,12 @@ def run_job(name: str, words: list[str], out: Path) -> list[common.Table] | str:
     """The tables of one benchmark, or why there are none."""
     json_path = out / f"{name}.json"
     json_path.unlink(missing_ok=True)
-    told = [*words, "--json" if name == "rollout" else "--out", str(json_path)]
+    told = [*words, "--out", str(json_path)]
     script = str(HERE / JOBS[name].script)
     done = subprocess.run([sys.executable, script, *told], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     if done.returncode:
         return f"exit code {done.returncode}: {done.stderr.strip()[-2000:]}"
     answer = json.loads(json_path.read_text(encoding="utf-8"))
-    if name == "rollout":
-        return [rollout_table(answer, words)]
     for table in answer:
         table["command"] = command(name, words)
     return [common.Table(**table) for table in answer]
@@ -85,25 +83,6 @@ def run_job(name: str, words: list[str], out: Path) -> list[common.Table] | str:
 
 def command(name: str, words: list[str]) -> str:
     return shlex.join(["python", f"benchmarks/{JOBS[name].script}", *words])
-
-
-def rollout_table(answer: dict[str, Any], words: list[str]) -> common.Table:
-    settings = answer["settings"]
-    return common.Table(
-        name="rollout",
-        title="Rollout against transformers' generate",
-        columns={
-            "case": "case",
-            "ours_cpu": "ours, tokens a CPU second",
-            "transformers_cpu": "transformers",
-            "ratio_cpu": "ratio, CPU",
-            "ratio_wall": "ratio, wall",
-        },
-        rows=answer["rows"],
-        notes=[f"Batch {settings['batch']}, up to {settings['new_tokens']} tokens a response; one process."],
-        command=command("rollout", words),
-        environment=common.environment(settings["threads"]),
-    )
 
 
 def main() -> None:
