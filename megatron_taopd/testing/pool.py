@@ -194,7 +194,7 @@ def _serve(pipe: Any, rank: int, world_size: int, store_port: int, port: int, ti
 
 
 def _end_with_caller(caller: int) -> None:
-    """A rank that waits in a collective would outlive a caller that was killed (perhaps while the rank was starting)."""
+    """A rank that waits in a collective would outlive a caller that was killed, perhaps while the rank was starting."""
     while os.getppid() == caller:
         time.sleep(1.0)
     os._exit(1)
