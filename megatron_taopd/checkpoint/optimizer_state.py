@@ -7,6 +7,9 @@ megatron-core 0.16 to 0.19 assumes Apex or Transformer Engine here. With torch's
 - the distributed optimizer takes ``step`` out of the loaded tensors, as it is kept with the parameter groups,
   and then asks for it (KeyError), so it is put back;
 - it also sets one ``step`` tensor for all parameters, which each of them would advance, so each gets its own.
+
+0.19 recognises a group of parameters by its learning rates and weight decays too, so that a run could
+not be resumed with others; those are hidden while it loads.
 """
 
 from __future__ import annotations
@@ -26,6 +29,9 @@ METADATA = {
     "distrib_optim_fully_reshardable_mem_efficient": True,
     "chained_optim_avoid_prefix": True,
 }
+
+# Knobs of a parameter group that another run may set otherwise.
+_SCHEDULED = ("max_lr", "min_lr", "start_wd", "end_wd")
 
 
 def parts(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:
@@ -84,7 +90,11 @@ def _drop_empty_param_state(state: Any) -> None:
 
 def load_state(optimizer: MegatronOptimizer, state: dict[str, Any]) -> None:
     """Load what :func:`sharded_state` described. Learning rate and other knobs stay those of this run."""
-    own_knobs = [dict(group) for part in parts(optimizer) for group in part.optimizer.param_groups]
+    groups = [group for part in parts(optimizer) for group in part.optimizer.param_groups]
+    own_knobs = [dict(group) for group in groups]
+    for group in (*groups, *_saved_groups(state)):
+        for name in _SCHEDULED:
+            group.pop(name, None)
     with _steps_put_back(optimizer):
         optimizer.load_state_dict(state)
     create_missing_state(optimizer)
@@ -95,6 +105,17 @@ def load_state(optimizer: MegatronOptimizer, state: dict[str, Any]) -> None:
         for entry in part.optimizer.state.values():
             if isinstance(entry.get("step"), torch.Tensor):
                 entry["step"] = entry["step"].clone()
+
+
+def _saved_groups(state: Any) -> Iterator[dict[str, Any]]:
+    """Every parameter group in a loaded state, however deep the optimizers are nested."""
+    if not isinstance(state, dict):
+        return
+    for name, value in state.items():
+        if name == "param_groups":
+            yield from value
+        else:
+            yield from _saved_groups(value)
 
 
 @contextlib.contextmanager
