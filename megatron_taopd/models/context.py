@@ -89,8 +89,8 @@ def packed_attention(
                 context_positions(stop - start, rank=rank, size=size, device=query.device) for rank in range(size)
             ]
             visible = torch.cat(places)[None, :] <= places[group.rank()][:, None]
-            of_sequence = (whole[:, own].flatten(0, 1)[:, None] for whole in (keys, values))
-            part = _attend(query[own, None], *of_sequence, visible, scale)
+            key_of_all, value_of_all = (whole[:, own].flatten(0, 1)[:, None] for whole in (keys, values))
+            part = _attend(query[own, None], key_of_all, value_of_all, visible, scale)
         parts.append(part[:, 0])
     return torch.cat(parts).flatten(1)
 
@@ -105,7 +105,9 @@ def _attend(
 ) -> torch.Tensor:
     """[S, B, A, D], [K, B, G, D] twice -> [S, B, A, D]; ``visible`` [S, K], None for causal with S = K."""
     context = torch.nn.functional.scaled_dot_product_attention(
-        *(part.permute(1, 2, 0, 3) for part in (query, key, value)),
+        query.permute(1, 2, 0, 3),
+        key.permute(1, 2, 0, 3),
+        value.permute(1, 2, 0, 3),
         attn_mask=visible,
         is_causal=visible is None and query.shape[0] > 1,
         scale=scale,
