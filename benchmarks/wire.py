@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import torch.distributed
 
-_PLUMBING = "megatron_taopd.ops.collectives"
+_NOT_CALLERS = ("megatron_taopd.ops.collectives", "megatron_taopd.testing")
 
 
 def _size(tensor: torch.Tensor) -> int:
@@ -102,8 +102,7 @@ def _caller(collective: str) -> str:
     frame = sys._getframe(2)
     while frame is not None:
         module = frame.f_globals.get("__name__", "")
-        if module.startswith("megatron_taopd.") and module != _PLUMBING:
+        if module.startswith("megatron_taopd.") and not module.startswith(_NOT_CALLERS):
             return f"{module.removeprefix('megatron_taopd.')}.{frame.f_code.co_name} ({collective})"
         frame = frame.f_back
-    # Autograd calls backward from C++, and the helper is all that is left of the way.
-    return f"backward ({collective})"
+    return f"elsewhere ({collective})"

@@ -1,0 +1,125 @@
+"""Every benchmark runs, at toy shapes."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import bench_step
+import common
+import pytest
+import run
+
+from megatron_taopd.testing.tiny_models import save_tiny_hf_model
+from tests.benchmarks.conftest import BENCHMARKS
+from tests.data.tokenizers_for_tests import TEMPLATE, save_word_tokenizer
+
+TINY_CHUNK = ["--logits-chunk-bytes", "65536"]
+
+
+def script(name: str, *words: str, out: Path) -> list[dict[str, Any]]:
+    """Tables of one run."""
+    told = [sys.executable, str(BENCHMARKS / name), *words, "--threads", "1", "--rounds", "1", "--out", str(out)]
+    done = subprocess.run(told, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    tables = json.loads(out.read_text())
+    for table in tables:
+        assert table["environment"]["threads"] == 1
+        assert table["command"].startswith(f"python benchmarks/{name} ")
+        assert table["title"] in done.stdout
+    return tables
+
+
+def test_loss(tmp_path: Path):
+    (table,) = script(
+        "bench_loss.py", "--shapes", "64,16,24,2000", "--only", "ours", *TINY_CHUNK, out=tmp_path / "loss.json"
+    )
+    rows = {row["contender"]: row for row in table["rows"]}
+    assert rows["dense torch"]["best_ratio"] == 1.0
+    # Both models' logits and their log-softmaxes against a few rows at a time.
+    assert rows["ours, ρ = 0.05"]["tensors_mib"] < 0.5 * rows["dense torch"]["tensors_mib"]
+    assert all(row["best"] > 0 for row in rows.values())
+
+
+def test_score(tmp_path: Path):
+    words = ["--shapes", "64,16,24,2000", "--floor-rows", "16", "64", *TINY_CHUNK]
+    (table,) = script("bench_score.py", *words, out=tmp_path / "score.json")
+    names = [row["contender"] for row in table["rows"]]
+    assert names[0] == "token_statistics" and "of that, Python" in names
+    floor = next(row for row in table["rows"] if row["contender"] == "two products, 64 rows a chunk")
+    assert floor["ratio_best_floor"] >= 1.0
+
+
+def test_tensor_parallel_traffic_is_that_of_the_formula(tmp_path: Path):
+    words = ["--shapes", "32,16,24,400", "32,16,24,800", "--ranks", "1", "2", *TINY_CHUNK]
+    (table,) = script("bench_tp.py", *words, out=tmp_path / "tp.json")
+    rows = {(row["vocab"], row["ranks"], row["phase"]): row for row in table["rows"]}
+    for (vocab, ranks, phase), row in rows.items():
+        if ranks == 1:
+            assert row["counted"] == 0
+        else:
+            assert row["ratio"] == pytest.approx(1.0, abs=0.1), row
+            assert row["counted"] == rows[400, ranks, phase]["counted"], f"grows with the vocabulary {vocab}"
+
+
+def test_growth(tmp_path: Path):
+    words = ["--base", "64,16,24,2000", "--factors", "1", "2", "4", "--ranks", "1", "2", *TINY_CHUNK]
+    table, ranks = script("bench_growth.py", *words, out=tmp_path / "growth.json")
+    for row in table["rows"]:
+        if row["axis"] == "T":
+            assert row["memory_per_unit"] < 0.1 * row["logits_per_unit"]
+    assert [row["phase"] for row in ranks["rows"]] == ["scoring", "loss + gradient"]
+
+
+@pytest.fixture
+def tiny_models(tmp_path: Path) -> Path:
+    """What prepare.py makes, tiny."""
+    words = [f"w{i}" for i in range(60)]
+    for seed, name in enumerate(("student", "teacher")):
+        save_tiny_hf_model(tmp_path / name, "llama", vocab_size=65, num_layers=2, seed=seed)
+        save_word_tokenizer(tmp_path / name, words, chat_template=TEMPLATE)
+    lines = [{"messages": [{"role": "user", "content": f"w{i} w{i + 1} w3"}]} for i in range(8)]
+    (tmp_path / "train_prompts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return tmp_path
+
+
+def test_step_of_both_sides(tiny_models: Path, tmp_path: Path):
+    words = ["--models", str(tiny_models), "--processes", "1", "--batch", "2", "--response-length", "4", "--steps", "1"]
+    # A tiny model draws any token now and then; the one that stops it must not be among them.
+    (table,) = script(
+        "bench_step.py", *words, "--stop-token", "<pad>", "--only", "ours, ρ = 0.1", out=tmp_path / "s.json"
+    )
+    row = table["rows"][0]
+    assert row["tokens_per_second"] > 0 and row["rollout"] > 0 and row["peak_mib"] > 100
+    assert [0 < step["tokens"] <= 8 for step in row["steps"]] == [True]
+
+
+def test_stop_token_that_is_not_there_is_refused(tiny_models: Path, tmp_path: Path):
+    with pytest.raises(SystemExit, match="no special token <x>"):
+        bench_step.without_stops(tiny_models / "student", tmp_path / "copy", "<x>")
+
+
+def test_run_collects_tables_and_names_what_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):
+    score = "--shapes 64,16,24,2000 --rounds 1 --floor-rows 64 --no-memory"
+    monkeypatch.setattr(
+        run,
+        "JOBS",
+        {
+            "score": run.Job("bench_score.py", score, score),
+            "tp": run.Job("bench_tp.py", "--shapes nonsense", ""),
+        },
+    )
+    monkeypatch.setattr(
+        sys, "argv", ["run.py", "--short", "--threads", "1", "--only", "score", "tp", "--out", str(tmp_path)]
+    )
+    with pytest.raises(SystemExit, match="failed: tp"):
+        run.main()
+    tables = json.loads((tmp_path / "results.json").read_text())
+    assert [table["name"] for table in tables] == ["targets", "score/64x2000"]
+    assert tables[1]["command"] == f"python benchmarks/bench_score.py {score} --threads 1"
+    text = (tmp_path / "results.md").read_text()
+    assert "### Targets" in text and "### Scoring: T 64" in text
+    assert common.Table(**tables[1]).rows == tables[1]["rows"]
