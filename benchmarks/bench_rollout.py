@@ -1,28 +1,27 @@
 """Generated tokens a second: the rollout engine against transformers' ``generate``.
 
-Same weights (fp32), same prompts of unequal length, plain sampling, one process with one thread; the two take turns.
-CPU time is the process's own and little disturbed by neighbours; the ratio is of tokens per second of CPU time.
+Same weights (fp32), same prompts of unequal length, plain sampling, one process; the two take turns. Where responses
+end by themselves the two sample different ones: tokens a second are compared, not seconds.
 
-    OMP_NUM_THREADS=1 python benchmarks/bench_rollout.py --model HF_DIR --batch 16 --new-tokens 64
+    python benchmarks/bench_rollout.py --model HF_DIR --threads 1 --clock cpu
 """
 
 from __future__ import annotations
 
 import argparse
 import functools
-import json
-import statistics
-import sys
 import tempfile
-import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import common
 import torch
 
-SMOLLM2: dict[str, Any] = {
+# SmolLM2-135M's.
+SHAPE: dict[str, Any] = {
     "vocab_size": 49152,
     "hidden_size": 576,
     "intermediate_size": 1536,
@@ -32,39 +31,36 @@ SMOLLM2: dict[str, Any] = {
     "max_position_embeddings": 8192,
     "tie_word_embeddings": True,
 }
-
-
-def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, help="HF directory (default: random weights of SmolLM2-135M's shape)")
-    parser.add_argument("--batch", type=int, default=16, help="responses generated together")
-    parser.add_argument("--new-tokens", type=int, default=64, help="longest response")
-    parser.add_argument("--prompt-lengths", type=int, nargs=2, default=[24, 96], metavar=("MIN", "MAX"))
-    parser.add_argument("--repeats", type=int, default=3, help="runs of each side; the median counts")
-    parser.add_argument("--threads", type=int, default=1, help="torch threads")
-    parser.add_argument("--cases", nargs="+", choices=list(CASES), default=list(CASES), help="default: all")
-    parser.add_argument("--json", type=Path, help="also write the rows here")
-    return parser.parse_args()
-
-
-# name -> (samples to a prompt, stop tokens: one id in this many, or none)
+# name -> (samples to a prompt, stop tokens: one id in so many, or none)
 CASES: dict[str, tuple[int, int | None]] = {
     "full length": (1, None),
     "early stops": (1, 50),
     "4 samples a prompt": (4, None),
 }
+Side = Callable[[list[list[int]], int, tuple[int, ...], int], int]
+"""(prompts, samples to a prompt, stop tokens, number of the run) -> tokens generated."""
+
+
+def parse() -> argparse.Namespace:
+    parser = common.arguments(__doc__, rounds=3)
+    parser.add_argument("--model", type=Path, default=None, help="HF directory; default: random, of SmolLM2's shape")
+    parser.add_argument("--batch", type=int, default=16, help="responses generated together")
+    parser.add_argument("--new-tokens", type=int, default=64, help="longest response")
+    parser.add_argument("--prompt-lengths", type=int, nargs=2, default=[24, 96], help="shortest and longest")
+    parser.add_argument("--cases", nargs="+", choices=list(CASES), default=list(CASES), help="what is compared")
+    parser.add_argument("--json", type=Path, dest="out", help="the same as --out")
+    return parser.parse_args()
 
 
 def write_random_model(path: Path) -> None:
-    """Random weights in SmolLM2's shape."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
-    LlamaForCausalLM(LlamaConfig(**SMOLLM2)).save_pretrained(path)
+    LlamaForCausalLM(LlamaConfig(**SHAPE)).save_pretrained(path)
 
 
 def make_prompts(args: argparse.Namespace, samples: int, vocab_size: int) -> list[list[int]]:
-    """Token ids; lengths are spread evenly over --prompt-lengths, each prompt comes ``samples`` times."""
+    """Random ids; lengths spread evenly, in any order; each prompt comes ``samples`` times."""
     generator = torch.Generator().manual_seed(1)
     low, high = args.prompt_lengths
     count = -(-args.batch // samples)
@@ -74,8 +70,8 @@ def make_prompts(args: argparse.Namespace, samples: int, vocab_size: int) -> lis
     return [tokens for tokens in drawn for _ in range(samples)][: args.batch]
 
 
-def ours(path: Path, args: argparse.Namespace) -> Callable[..., int]:
-    """The engine on a student loaded from ``path``."""
+def ours(path: Path, args: argparse.Namespace) -> tuple[Side, int]:
+    """The engine on a student loaded from ``path``, and its vocabulary."""
     from megatron_taopd.data.prompts import Prompt
     from megatron_taopd.models import load_model
     from megatron_taopd.platform import distributed
@@ -92,29 +88,28 @@ def ours(path: Path, args: argparse.Namespace) -> Callable[..., int]:
         config = RolloutConfig(max_response_length=args.new_tokens, num_samples_per_prompt=samples)
         return MegatronEngine(loaded, config, seed=1)
 
-    def run(prompts: list[list[int]], samples: int, stop_tokens: tuple[int, ...], step: int) -> int:
+    def run(prompts: list[list[int]], samples: int, stop_tokens: tuple[int, ...], number: int) -> int:
         asked = [Prompt(id=str(i // samples), tokens=tokens) for i, tokens in enumerate(prompts)]
-        answers = engine(samples, stop_tokens).generate(asked, step=step, sample_offset=0)
+        answers = engine(samples, stop_tokens).generate(asked, step=number, sample_offset=0)
         return sum(len(answer.response_tokens) for answer in answers)
 
-    return run
+    return run, student.hf.vocab_size
 
 
-def theirs(path: Path, args: argparse.Namespace) -> Callable[..., int]:
+def theirs(path: Path, args: argparse.Namespace) -> Side:
     """transformers on the same weights: prompts padded on the left, as its documentation asks."""
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+    model.generation_config.eos_token_id = None
 
-    def run(prompts: list[list[int]], samples: int, stop_tokens: tuple[int, ...], step: int) -> int:
-        torch.manual_seed(step)
+    def run(prompts: list[list[int]], samples: int, stop_tokens: tuple[int, ...], number: int) -> int:
+        torch.manual_seed(number)
         unique = prompts[::samples]
         longest = max(map(len, unique))
-        tokens = torch.tensor([[0] * (longest - len(p)) + p for p in unique])
-        mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in unique])
         answer = model.generate(
-            tokens,
-            attention_mask=mask,
+            torch.tensor([[0] * (longest - len(p)) + p for p in unique]),
+            attention_mask=torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in unique]),
             do_sample=True,
             temperature=1.0,
             top_k=0,
@@ -125,63 +120,62 @@ def theirs(path: Path, args: argparse.Namespace) -> Callable[..., int]:
             pad_token_id=0,
         )[: len(prompts), longest:]
         stopped = torch.isin(answer, torch.tensor(list(stop_tokens), dtype=torch.int64))
-        # A response counts up to its stop token, what comes after is padding.
+        # A response counts up to its stop token; what comes after is padding.
         return int((stopped.cumsum(1) - stopped.int() == 0).sum())
 
-    model.generation_config.eos_token_id = None
     return run
 
 
-def measure(run: Callable[..., int], *case: Any) -> dict[str, float]:
-    cpu, wall = time.process_time(), time.perf_counter()
-    tokens = run(*case)
-    return {"tokens": tokens, "cpu": time.process_time() - cpu, "wall": time.perf_counter() - wall}
+def count(generate: Side, done: list[int], *case: Any) -> None:
+    """Generate once more and note how many tokens there were."""
+    done.append(generate(*case, len(done)))
 
 
 def compare(path: Path, args: argparse.Namespace) -> list[dict[str, Any]]:
-    """A row a case: tokens per second of both, and the ratios."""
-    sides = {"ours": ours(path, args), "transformers": theirs(path, args)}
-    vocab_size = json.loads((path / "config.json").read_text())["vocab_size"]
+    """A row a case: tokens a second of both, of the round with the most."""
+    engine, vocab_size = ours(path, args)
+    sides = {"ours": engine, "transformers": theirs(path, args)}
     rows = []
     for name in args.cases:
         samples, one_in = CASES[name]
         stop_tokens = tuple(range(7, vocab_size, one_in)) if one_in else ()
         prompts = make_prompts(args, samples, vocab_size)
-        runs: dict[str, list[dict[str, float]]] = {side: [] for side in sides}
-        sides["ours"](prompts[:1], samples, stop_tokens, 0)  # an engine reads its tokenizer once
-        for step in range(args.repeats):
-            for side, run in sides.items():
-                runs[side].append(measure(run, prompts, samples, stop_tokens, step))
-                print(f"{name}: {side}: {runs[side][-1]}", file=sys.stderr, flush=True)
-        row: dict[str, Any] = {"case": name, "prompt_tokens": sum(map(len, prompts))}
+        tokens: dict[str, list[int]] = {side: [] for side in sides}
+        contenders = {
+            side: partial(count, generate, tokens[side], prompts, samples, stop_tokens)
+            for side, generate in sides.items()
+        }
+        timings = common.time_all(contenders, rounds=args.rounds, warmups=1, budget=args.budget)
+        row: dict[str, Any] = {"case": name, "batch": len(prompts), "prompt_tokens": sum(map(len, prompts))}
+        for side, timing in timings.items():
+            counts = tokens[side][1:]  # the first is the warm-up
+            row[f"{side}_tokens"] = counts
+            for clock in ("cpu", "wall"):
+                row[f"{side}_{clock}"] = max(n / s for n, s in zip(counts, timing.of(clock), strict=True))
         for clock in ("cpu", "wall"):
-            for side, done in runs.items():
-                row[f"{side}_{clock}"] = statistics.median(r["tokens"] / r[clock] for r in done)
             row[f"ratio_{clock}"] = row[f"ours_{clock}"] / row[f"transformers_{clock}"]
-        row["tokens"] = {side: [int(r["tokens"]) for r in done] for side, done in runs.items()}
         rows.append(row)
     return rows
 
 
 def main() -> None:
     args = parse()
-    torch.set_num_threads(args.threads)
+    common.start(args)
     with tempfile.TemporaryDirectory() as aside:
         path = args.model
         if path is None:
             path = Path(aside)
             write_random_model(path)
         rows = compare(path, args)
-    print("| case | ours, tokens/s CPU (wall) | transformers | ratio CPU (wall) |\n|---|---|---|---|")
-    for row in rows:
-        print(
-            f"| {row['case']} | {row['ours_cpu']:.1f} ({row['ours_wall']:.1f}) | "
-            f"{row['transformers_cpu']:.1f} ({row['transformers_wall']:.1f}) | "
-            f"{row['ratio_cpu']:.2f} ({row['ratio_wall']:.2f}) |"
-        )
-    if args.json is not None:
-        settings = {name: str(v) if isinstance(v, Path) else v for name, v in vars(args).items()}
-        args.json.write_text(json.dumps({"settings": settings, "rows": rows}, indent=2) + "\n", encoding="utf-8")
+    columns = {"case": "case", "batch": "responses"}
+    for clock in ("cpu", "wall"):
+        columns |= {
+            f"ours_{clock}": f"ours, tokens/s ({clock})",
+            f"transformers_{clock}": f"transformers ({clock})",
+            f"ratio_{clock}": f"ratio ({clock})",
+        }
+    title = f"Rollout, up to {args.new_tokens} tokens to prompts of {args.prompt_lengths} tokens, fp32"
+    common.finish([common.Table("rollout", title, columns, rows)], args)
 
 
 if __name__ == "__main__":

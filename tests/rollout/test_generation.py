@@ -11,6 +11,7 @@ import torch
 import transformers
 
 from megatron_taopd.rollout.megatron.prefill import FORWARD_COST, prefill_groups
+from megatron_taopd.rollout.megatron.products import logits_of
 from megatron_taopd.rollout.sampling import choose_tokens
 from megatron_taopd.testing import WorkerPool
 from megatron_taopd.testing.tiny_models import save_tiny_hf_model
@@ -121,6 +122,17 @@ def test_prompts_are_grouped_at_the_lowest_cost() -> None:
         assert cost(lengths, groups) == min(cost(lengths, split) for split in all_splits(len(lengths)))
     assert prefill_groups([50] * 6, max_tokens=100) == [slice(0, 2), slice(2, 4), slice(4, 6)]
     assert prefill_groups([500, 600], max_tokens=100) == [slice(0, 1), slice(1, 2)]
+
+
+@pytest.mark.parametrize("vocab", [1024, 509])
+def test_the_product_with_the_head_is_the_product(vocab: int) -> None:
+    generator = torch.Generator().manual_seed(5)
+    head = torch.randn(vocab, 48, generator=generator)
+    for rows in (1, 3, 5, 64, 65):
+        hidden = torch.randn(rows, 48, generator=generator)
+        found = logits_of(hidden, head)
+        assert found.is_contiguous()
+        torch.testing.assert_close(found.double(), hidden.double() @ head.double().t(), atol=1e-4, rtol=1e-5)
 
 
 @pytest.mark.parametrize("ranks", [2, 4])

@@ -18,6 +18,7 @@ from megatron_taopd.models.sample_cache import SampleCache
 from megatron_taopd.platform import device, distributed
 from megatron_taopd.rollout.megatron.lockstep import announce_forward
 from megatron_taopd.rollout.megatron.prefill import prefill_groups
+from megatron_taopd.rollout.megatron.products import logits_of
 from megatron_taopd.rollout.megatron.wrapper import ModelWrapper, wrap_model
 from megatron_taopd.rollout.sampling import choose_tokens, sampling_numbers
 
@@ -120,9 +121,8 @@ class _Batch:
             assert self.head_weight is not None
             if self.decoding.keep_hidden:
                 self.hidden.append(hidden_BH)
-            # The weights first: up to twice as fast as the other order with few rows on a CPU.
-            logits_BV = torch.mm(self.head_weight, hidden_BH.t()).t().contiguous()
-            drawn_2B = torch.stack([part.double() for part in self._choose(logits_BV)])
+            chosen = self._choose(logits_of(hidden_BH, self.head_weight))
+            drawn_2B = torch.stack([part.double() for part in chosen])
         if distributed.pipeline_parallel_size() > 1:
             torch.distributed.broadcast(
                 drawn_2B, distributed.last_stage_rank(), group=distributed.pipeline_parallel_group()
