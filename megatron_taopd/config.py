@@ -102,6 +102,8 @@ class ScoreConfig:
     precision: PrecisionConfig = field(default_factory=PrecisionConfig)
     logits_chunk_bytes: int = 64 * 2**20
     """Memory for one chunk of fp32 logits a model and rank."""
+    compile_statistics: bool = False
+    """Run the elementwise passes of scoring as one torch.compile loop: needs a C++ compiler (CPU) or Triton (GPUs)."""
     seed: int = 1234
     """Seed of the random selector."""
 

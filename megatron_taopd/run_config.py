@@ -53,6 +53,8 @@ class ScoringConfig:
     sampled with; needed where that is 0)."""
     logits_chunk_bytes: int = 64 * 2**20
     """Memory for one chunk of fp32 logits a model and rank. Memory never grows with tokens x vocabulary."""
+    compile_statistics: bool = False
+    """Run the elementwise passes of scoring as one torch.compile loop: needs a C++ compiler (CPU) or Triton (GPUs)."""
     score_from: Literal["forward", "rollout"] = "forward"
     """Where scoring has the student's final hidden states from: a forward pass over the responses, or the generation
     itself (--rollout-engine megatron), which then keeps a row of the hidden size a token; they differ by rounding."""

@@ -46,7 +46,11 @@ def run_scoring(config: ScoreConfig) -> None:
         at_least=at_least,
     )
     reader = RowReader.from_config(
-        pair, config.selection, temperature=config.temperature, logits_chunk_bytes=config.logits_chunk_bytes
+        pair,
+        config.selection,
+        temperature=config.temperature,
+        logits_chunk_bytes=config.logits_chunk_bytes,
+        compile_statistics=config.compile_statistics,
     )
     scored = score_in_groups(
         reader,

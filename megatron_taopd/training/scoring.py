@@ -50,6 +50,7 @@ class RowReader:
     support_mode: SupportMode
     temperature: float
     logits_chunk_bytes: int
+    compile_statistics: bool = False
 
     def __call__(
         self, micro_batch: MicroBatch, student_hidden_RH: torch.Tensor, teacher_hidden_RH: torch.Tensor
@@ -64,11 +65,18 @@ class RowReader:
             temperature=self.temperature,
             support_mode=self.support_mode,
             logits_chunk_bytes=self.logits_chunk_bytes,
+            compiled=self.compile_statistics,
         )
 
     @classmethod
     def from_config(
-        cls, pair: ModelPair, config: SelectionConfig, *, temperature: float, logits_chunk_bytes: int
+        cls,
+        pair: ModelPair,
+        config: SelectionConfig,
+        *,
+        temperature: float,
+        logits_chunk_bytes: int,
+        compile_statistics: bool = False,
     ) -> RowReader:
         """As the flags of selection say."""
         return cls(
@@ -77,6 +85,7 @@ class RowReader:
             support_mode=config.support_mode,
             temperature=temperature,
             logits_chunk_bytes=logits_chunk_bytes,
+            compile_statistics=compile_statistics,
         )
 
 
