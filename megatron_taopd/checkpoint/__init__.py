@@ -15,7 +15,7 @@ from megatron_taopd.checkpoint.layout import (
     is_megatron_checkpoint,
     read_latest_iteration,
 )
-from megatron_taopd.checkpoint.loading import LoadedState, load_checkpoint, load_model_weights
+from megatron_taopd.checkpoint.loading import LoadedState, load_checkpoint, load_head_weight, load_model_weights
 from megatron_taopd.checkpoint.saving import save_checkpoint
 
 __all__ = [
@@ -23,6 +23,7 @@ __all__ = [
     "hf_files_dir",
     "is_megatron_checkpoint",
     "load_checkpoint",
+    "load_head_weight",
     "load_model_weights",
     "read_latest_iteration",
     "save_checkpoint",

@@ -13,6 +13,7 @@ from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import CheckpointingException
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.utils import make_tp_sharded_tensor_for_checkpoint
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_taopd.checkpoint import integrity, model_state, optimizer_state
@@ -71,6 +72,40 @@ def load_model_weights(
     return _load(directory, module=module, iteration=iteration, weights_only=True).iteration
 
 
+def load_head_weight(directory: str | Path, weight_VH: torch.Tensor | None, *, tied: bool, vocab_size: int) -> None:
+    """Fill this rank's rows of the LM head alone, cut by the layout in force. Collective.
+
+    Args:
+        weight_VH: [padded vocabulary / TP, H]; its padding may differ from the checkpoint's. None off the last stage.
+        tied: the embedding is the head.
+        vocab_size: of the model, without padding.
+
+    Raises:
+        CheckpointError: missing, torn, or of another model; raised on every rank.
+    """
+    path, _ = _find_together(directory, None)
+    on_rank_zero(lambda: _ignore(integrity.read_index(path)))
+    shapes = integrity.stored_shapes(integrity.read_index(path))
+    about = dist_checkpointing.load_common_state_dict(str(path)).get("taopd", {})
+    _check_vocab_size(path, about, vocab_size)
+    state: dict[str, Any] = {}
+    if weight_VH is not None:
+        state["head"] = make_tp_sharded_tensor_for_checkpoint(
+            weight_VH, "embedding.word_embeddings.weight" if tied else "output_layer.weight", allow_shape_mismatch=True
+        )
+    raise_together(integrity.mismatch(path, state, shapes))
+    loaded = _read(state, path)
+    if weight_VH is not None and loaded["head"] is not weight_VH:
+        weight_VH.copy_(loaded["head"])
+
+
+def _read(state: dict[str, Any], path: Path) -> dict[str, Any]:
+    try:
+        return dist_checkpointing.load(state, str(path))
+    except (CheckpointException, CheckpointingException) as error:
+        raise CheckpointError(f"checkpoint {path} cannot be read: {error}") from error
+
+
 def _load(
     directory: str | Path,
     *,
@@ -94,10 +129,7 @@ def _load(
     if optimizer is not None:
         state["optimizer"] = optimizer_state.sharded_state(optimizer, state, is_loading=True)
         raise_together(integrity.mismatch(path, state["optimizer"], shapes))
-    try:
-        loaded = dist_checkpointing.load(state, str(path))
-    except (CheckpointException, CheckpointingException) as error:
-        raise CheckpointError(f"checkpoint {path} cannot be read: {error}") from error
+    loaded = _read(state, path)
     model_state.load_weights(chunks, loaded)
     if optimizer is not None:
         optimizer_state.load_state(optimizer, loaded["optimizer"])
@@ -128,12 +160,7 @@ def _check_same_kind(
     chunks: Sequence[torch.nn.Module],
     optimizer: MegatronOptimizer | None,
 ) -> None:
-    own_vocab, stored_vocab = model_state.real_vocab_size(chunks), about.get("real_vocab_size")
-    if own_vocab is not None and stored_vocab is not None and own_vocab != stored_vocab:
-        raise CheckpointError(
-            f"checkpoint {path} is not of this model: its vocabulary has {stored_vocab} tokens and this "
-            f"run's {own_vocab}"
-        )
+    _check_vocab_size(path, about, model_state.real_vocab_size(chunks))
     if optimizer is None:
         return
     own, stored = optimizer_state.describe(optimizer), about.get("optimizer")
@@ -143,6 +170,14 @@ def _check_same_kind(
         raise CheckpointError(
             f"checkpoint {path} holds the state of {stored} and this run uses {own}; resume with the same "
             "--optimizer, --bf16 and --use-distributed-optimizer"
+        )
+
+
+def _check_vocab_size(path: Path, about: dict[str, Any], own: int | None) -> None:
+    stored = about.get("real_vocab_size")
+    if own is not None and stored is not None and own != stored:
+        raise CheckpointError(
+            f"checkpoint {path} is not of this model: its vocabulary has {stored} tokens and this run's {own}"
         )
 
 

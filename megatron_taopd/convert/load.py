@@ -8,7 +8,7 @@ import torch
 
 from megatron_taopd.convert.health import WeightReport
 from megatron_taopd.convert.hf_reader import HFReader
-from megatron_taopd.convert.mapping import Shard, named
+from megatron_taopd.convert.mapping import Shard, named, rule_for
 from megatron_taopd.convert.parameters import parameters_with_rules
 from megatron_taopd.models.hf_config import HFModelConfig
 from megatron_taopd.platform import distributed
@@ -46,3 +46,20 @@ def load_hf_weights(module: DistillationGPTModel, hf: HFModelConfig) -> WeightRe
         with torch.no_grad():
             parameter.copy_(value)
     return report
+
+
+def load_hf_head(weight_VH: torch.Tensor, hf: HFModelConfig, report: WeightReport) -> None:
+    """Fill this rank's rows of the LM head, tied or not, from the safetensors files of ``hf``.
+
+    Args:
+        weight_VH: [padded vocabulary / TP, H].
+        report: what was read is noted there.
+
+    Raises:
+        ModelError: as :func:`load_hf_weights`.
+    """
+    _, rule = rule_for("output_layer.weight", hf, layer_offset=0)
+    ((name,), (shape,)) = rule.hf, rule.layout.shapes(hf)
+    source = report.watch(name, HFReader(hf.path).slice(name, shape))
+    shard = Shard(rank=distributed.tensor_parallel_rank(), size=distributed.tensor_parallel_size())
+    weight_VH.copy_(rule.layout.cut((source,), shard, hf, weight_VH.shape[0] * shard.size))

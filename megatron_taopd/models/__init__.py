@@ -5,7 +5,7 @@ from megatron_taopd import platform
 if not platform.has_cuda():  # Before the modules below import Megatron.
     platform.enable()
 
-from megatron_taopd.models.build import LoadedModel, build_model, load_model, pad_vocab_size
+from megatron_taopd.models.build import LoadedModel, build_model, load_head, load_model, pad_vocab_size
 from megatron_taopd.models.gpt import DistillationGPTModel
 from megatron_taopd.models.hf_config import HFModelConfig, load_hf_config
 from megatron_taopd.models.source import hf_directory, is_megatron_checkpoint
@@ -25,6 +25,7 @@ __all__ = [
     "have_transformer_engine",
     "hf_directory",
     "is_megatron_checkpoint",
+    "load_head",
     "load_hf_config",
     "load_model",
     "pad_vocab_size",

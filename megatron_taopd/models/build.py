@@ -52,12 +52,14 @@ def build_model(
     padded_vocab_size: int,
     pre_process: bool | None = None,
     post_process: bool | None = None,
+    head: bool = True,
 ) -> DistillationGPTModel:
     """This rank's stage, on this machine's device, its weights not yet filled.
 
     Args:
         pre_process: has the embedding; default: on the first pipeline stage.
         post_process: has the final norm and the LM head; default: on the last.
+        head: False leaves the LM head out.
 
     Raises:
         ConfigError: the padded vocabulary is too small or does not divide by the tensor-parallel size.
@@ -74,6 +76,7 @@ def build_model(
         padded_vocab_size=padded_vocab_size,
         pre_process=distributed.is_first_stage() if pre_process is None else pre_process,
         post_process=distributed.is_last_stage() if post_process is None else post_process,
+        head=head,
     )
     _mark_sharded_parameters(module)
     return module.to(device())
@@ -112,6 +115,7 @@ def load_model(
     padded_vocab_size: int | None = None,
     trainable: bool,
     overrides: dict[str, Any] | None = None,
+    head: bool = True,
 ) -> LoadedModel:
     """Build a model at this rank's place and load its weights. Collective over all ranks.
 
@@ -122,6 +126,7 @@ def load_model(
         padded_vocab_size: default: the model's own vocabulary padded by :func:`pad_vocab_size`.
         trainable: in training mode with gradients; otherwise in eval mode without.
         overrides: further TransformerConfig fields.
+        head: False leaves the LM head out; see :func:`load_head`.
 
     Raises:
         ModelError: the directory, a tensor or its values are unusable; the same error on every rank.
@@ -140,7 +145,7 @@ def load_model(
             )
     config = build_transformer_config(hf, parallel, params_dtype=params_dtype, **(overrides or {}))
     padded = padded_vocab_size or pad_vocab_size(hf.vocab_size, tp=parallel.tensor_model_parallel_size)
-    module = build_model(hf, config, padded_vocab_size=padded)
+    module = build_model(hf, config, padded_vocab_size=padded, head=head)
     logger.info("loading %s (%s, %d layers)", source, hf.family, hf.num_layers)
     report, error = None, None
     if is_megatron_checkpoint(source):
@@ -159,3 +164,36 @@ def load_model(
     else:
         module.eval().requires_grad_(False)
     return LoadedModel(hf=hf, config=config, module=module)
+
+
+def load_head(source: str | Path, *, params_dtype: torch.dtype, padded_vocab_size: int) -> torch.Tensor | None:
+    """This rank's rows of a model's LM head alone. Collective over all ranks.
+
+    Returns:
+        [padded vocabulary / TP, H] on this machine's device, cut by the layout in force; None off its last stage.
+
+    Raises:
+        ModelError: a file or the tensor is missing or unusable; the same error on every rank.
+        CheckpointError: a Megatron checkpoint is missing, torn or of another model.
+    """
+    from megatron_taopd.convert.health import WeightReport, refuse_unusable
+    from megatron_taopd.convert.load import load_hf_head
+
+    hf = load_hf_config(source)
+    weight, report, error = None, WeightReport(), None
+    if distributed.is_last_stage():
+        rows = padded_vocab_size // distributed.tensor_parallel_size()
+        weight = torch.zeros(rows, hf.hidden_size, dtype=params_dtype, device=device())
+    if is_megatron_checkpoint(source):
+        from megatron_taopd.checkpoint import load_head_weight
+
+        load_head_weight(source, weight, tied=hf.tied, vocab_size=hf.vocab_size)
+        if weight is not None:
+            report.see("output_layer.weight", weight)
+    elif weight is not None:
+        try:
+            load_hf_head(weight, hf, report)
+        except ModelError as failure:
+            error = failure
+    refuse_unusable(str(source), report, error)
+    return weight

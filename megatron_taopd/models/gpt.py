@@ -36,7 +36,13 @@ class DistillationGPTModel(GPTModel):
         pre_process: bool = True,
         post_process: bool = True,
         vp_stage: int | None = None,
+        head: bool = True,
     ) -> None:
+        """Build it.
+
+        Args:
+            head: False leaves out the LM head, which then is elsewhere.
+        """
         super().__init__(
             config,
             transformer_layer_spec=decoder_spec(config, vp_stage=vp_stage),
@@ -44,11 +50,14 @@ class DistillationGPTModel(GPTModel):
             max_sequence_length=hf.max_position_embeddings,
             pre_process=pre_process,
             post_process=post_process,
-            share_embeddings_and_output_weights=hf.tied,
+            share_embeddings_and_output_weights=hf.tied and head,
             position_embedding_type="rope",
             rotary_base=hf.rope_theta,
             vp_stage=vp_stage,
         )
+        if not head:  # the decoder keeps its final norm
+            self.post_process = False
+            self.output_layer = None
         self.real_vocab_size = hf.vocab_size
         if hf.rope_scaling is not None:
             self.rotary_pos_emb.inv_freq = scale_frequencies(self.rotary_pos_emb.inv_freq, hf.rope_scaling)
@@ -56,7 +65,7 @@ class DistillationGPTModel(GPTModel):
     def head_weight(self) -> Tensor:
         """This rank's shard [V/TP, H] of the LM head, tied or not; on the last pipeline stage only."""
         if not self.post_process:
-            raise RuntimeError("only the last pipeline stage has an LM head")
+            raise RuntimeError("only the last pipeline stage has an LM head, and only of a model built with it")
         if self.share_embeddings_and_output_weights:
             return self.shared_embedding_or_output_weight()
         return self.output_layer.weight

@@ -120,8 +120,8 @@ def refuse_expert_layout_in_vain(parallel: ParallelConfig, *models: HFModelConfi
     if any(hf.experts is not None for hf in models):
         return
     for flag, value in (
-        ("--expert-model-parallel-size", parallel.expert_model_parallel_size),
-        ("--expert-tensor-parallel-size", parallel.expert_tensor_parallel_size or 1),
+        (parallel.flag("expert_model_parallel_size"), parallel.expert_model_parallel_size),
+        (parallel.flag("expert_tensor_parallel_size"), parallel.expert_tensor_parallel_size or 1),
     ):
         if value > 1:
             names = " and ".join(str(hf.path) for hf in models)
@@ -135,18 +135,24 @@ def check_layout(hf: HFModelConfig, parallel: ParallelConfig) -> None:
         ConfigError: names the first count that does not divide and the sizes that would.
     """
     tensor = parallel.tensor_model_parallel_size
+    tensor_flag = parallel.flag("tensor_model_parallel_size")
     counts = [
-        ("--tensor-model-parallel-size", tensor, "attention heads", hf.num_heads),
-        ("--tensor-model-parallel-size", tensor, "key-value heads", hf.num_kv_heads),
+        (tensor_flag, tensor, "attention heads", hf.num_heads),
+        (tensor_flag, tensor, "key-value heads", hf.num_kv_heads),
     ]
     if hf.experts is None or not all(hf.experts.layers):
-        counts.append(("--tensor-model-parallel-size", tensor, "ffn rows (intermediate_size)", hf.ffn_size))
+        counts.append((tensor_flag, tensor, "ffn rows (intermediate_size)", hf.ffn_size))
     if hf.experts is not None:
         expert_tensor = parallel.expert_tensor_parallel_size or tensor
         counts += [
-            ("--expert-model-parallel-size", parallel.expert_model_parallel_size, "experts", hf.experts.num_experts),
             (
-                "--expert-tensor-parallel-size",
+                parallel.flag("expert_model_parallel_size"),
+                parallel.expert_model_parallel_size,
+                "experts",
+                hf.experts.num_experts,
+            ),
+            (
+                parallel.flag("expert_tensor_parallel_size"),
                 expert_tensor,
                 "ffn rows of an expert (moe_intermediate_size)",
                 hf.experts.ffn_size,
@@ -173,17 +179,18 @@ def _check_stages(hf: HFModelConfig, parallel: ParallelConfig) -> None:
                 f"{rest} of the {layers} layers of {hf.path} to {stages_left} stages, which must be dealt evenly"
             )
         return
+    stages_flag = parallel.flag("pipeline_model_parallel_size")
     counted = parallel.account_for_embedding_in_pipeline_split + parallel.account_for_loss_in_pipeline_split
     if (layers + counted) % stages:
         with_extra = f", with {counted} counted for embedding or loss," if counted else ""
         raise ConfigError(
-            f"--pipeline-model-parallel-size {stages} does not divide the {layers + counted} layers of {hf.path}"
+            f"{stages_flag} {stages} does not divide the {layers + counted} layers of {hf.path}"
             f"{with_extra}; sizes that divide {layers + counted}: {_divisors(layers + counted)}, or give "
             "--decoder-first-pipeline-num-layers or --decoder-last-pipeline-num-layers"
         )
     if counted and (layers + counted) // stages < 2:
         raise ConfigError(
-            f"--pipeline-model-parallel-size {stages} leaves a stage without any of the {layers} layers of {hf.path}; "
+            f"{stages_flag} {stages} leaves a stage without any of the {layers} layers of {hf.path}; "
             "lower it, or do not account for embedding and loss"
         )
 

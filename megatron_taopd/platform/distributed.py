@@ -6,8 +6,9 @@ import gc
 import os
 import random
 import types
+from collections.abc import Sequence
 from datetime import timedelta
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy
 import torch
@@ -17,7 +18,12 @@ from megatron_taopd.errors import ConfigError
 from megatron_taopd.platform import backend, enable, has_cuda
 from megatron_taopd.platform.layout import ParallelConfig
 
+if TYPE_CHECKING:
+    from megatron_taopd.platform.layouts import SecondLayout
+
 _started_here = False
+second_layouts: list[SecondLayout] = []
+"""Closed together with the first one."""
 
 
 def _parallel_state() -> types.ModuleType:
@@ -40,11 +46,24 @@ def initialize(config: ParallelConfig, *, seed: int) -> None:
     timeout = timedelta(minutes=config.distributed_timeout_minutes)
     if not dist.is_initialized():
         _start_process_group(timeout)
+    check_world_size(config)
+    _leave_model_parallel_groups()
+    lay_out(config)
+    seed_all(seed)
+
+
+def check_world_size(config: ParallelConfig) -> None:
+    """Refuse a layout that does not divide the ranks.
+
+    Raises:
+        ConfigError: as :func:`initialize`.
+    """
     world_size = dist.get_world_size()
+    flag = config.flag
     if world_size % config.model_parallel_size:
         raise ConfigError(
-            f"{world_size} ranks cannot hold whole models of --tensor-model-parallel-size "
-            f"{config.tensor_model_parallel_size} x --pipeline-model-parallel-size "
+            f"{world_size} ranks cannot hold whole models of {flag('tensor_model_parallel_size')} "
+            f"{config.tensor_model_parallel_size} x {flag('pipeline_model_parallel_size')} "
             f"{config.pipeline_model_parallel_size} x --context-parallel-size {config.context_parallel_size} = "
             f"{config.model_parallel_size} ranks each; start a "
             f"multiple of {config.model_parallel_size} ranks (torchrun --nproc-per-node) or change the layout"
@@ -52,12 +71,16 @@ def initialize(config: ParallelConfig, *, seed: int) -> None:
     if world_size % config.expert_parallel_size:
         tensor = config.expert_tensor_parallel_size or config.tensor_model_parallel_size
         raise ConfigError(
-            f"{world_size} ranks cannot hold whole sets of experts of --expert-tensor-parallel-size {tensor} x "
-            f"--expert-model-parallel-size {config.expert_model_parallel_size} x --pipeline-model-parallel-size "
+            f"{world_size} ranks cannot hold whole sets of experts of {flag('expert_tensor_parallel_size')} {tensor} x "
+            f"{flag('expert_model_parallel_size')} {config.expert_model_parallel_size} x "
+            f"{flag('pipeline_model_parallel_size')} "
             f"{config.pipeline_model_parallel_size} = {config.expert_parallel_size} ranks each; start a multiple of "
             f"{config.expert_parallel_size} ranks or change the layout"
         )
-    _leave_model_parallel_groups()
+
+
+def lay_out(config: ParallelConfig) -> None:
+    """Make the groups of a layout, where none is in force."""
     _parallel_state().initialize_model_parallel(
         tensor_model_parallel_size=config.tensor_model_parallel_size,
         pipeline_model_parallel_size=config.pipeline_model_parallel_size,
@@ -66,7 +89,6 @@ def initialize(config: ParallelConfig, *, seed: int) -> None:
         expert_tensor_parallel_size=config.expert_tensor_parallel_size,
         distributed_timeout_minutes=config.distributed_timeout_minutes,
     )
-    seed_all(seed)
 
 
 def _start_process_group(timeout: timedelta) -> None:
@@ -85,11 +107,18 @@ def _leave_model_parallel_groups() -> None:
     state = _parallel_state()
     if not state.model_parallel_is_initialized():
         return
-    for group in state._global_process_group_list or []:
-        if group is not None:  # None stands for all ranks, whose group stays
-            dist.destroy_process_group(group)
+    while second_layouts:
+        close_groups(second_layouts.pop().groups())
+    close_groups(state._global_process_group_list)
     state.destroy_model_parallel()
     gc.collect()  # modules of the last layout hold groups in reference cycles
+
+
+def close_groups(groups: Sequence[dist.ProcessGroup | None] | None) -> None:
+    """Close the groups of a layout that this rank belongs to."""
+    for group in groups or ():
+        if group is not None:  # None stands for all ranks, whose group stays
+            dist.destroy_process_group(group)
 
 
 def seed_all(seed: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from megatron_taopd.errors import ConfigError
 
@@ -22,11 +23,19 @@ _UNEVEN_SPLITS = (
     "account_for_embedding_in_pipeline_split",
     "account_for_loss_in_pipeline_split",
 )
+_OF_TEACHER = (
+    "tensor_model_parallel_size",
+    "pipeline_model_parallel_size",
+    "expert_model_parallel_size",
+    "expert_tensor_parallel_size",
+)
 
 
 @dataclass(kw_only=True)
 class ParallelConfig:
     """Sizes of the model-parallel groups, named as in Megatron; the remaining ranks are data-parallel."""
+
+    flag_prefix: ClassVar[str] = "--"
 
     tensor_model_parallel_size: int = 1
     """Ranks that share each layer: heads, ffn and vocabulary are split over them."""
@@ -55,13 +64,13 @@ class ParallelConfig:
         for name in _SIZES:
             value = getattr(self, name)
             if value is not None and value < 1:
-                raise ConfigError(f"{_flag(name)} must be at least 1, got {value}")
+                raise ConfigError(f"{self.flag(name)} must be at least 1, got {value}")
         if self.sequence_parallel and self.tensor_model_parallel_size == 1:
             raise ConfigError(
                 "--sequence-parallel has no effect with --tensor-model-parallel-size 1: "
                 "raise the tensor-parallel size or drop --sequence-parallel"
             )
-        uneven = [_flag(name) for name in _UNEVEN_SPLITS if getattr(self, name)]
+        uneven = [self.flag(name) for name in _UNEVEN_SPLITS if getattr(self, name)]
         if uneven and self.pipeline_model_parallel_size == 1:
             raise ConfigError(f"{uneven[0]} has no effect with --pipeline-model-parallel-size 1; drop it")
         counted = [flag for flag in uneven if flag.startswith("--account")]
@@ -79,6 +88,59 @@ class ParallelConfig:
         tensor = self.expert_tensor_parallel_size or self.tensor_model_parallel_size
         return tensor * self.expert_model_parallel_size * self.pipeline_model_parallel_size
 
+    def _shares(self) -> tuple[int, ...]:
+        """What decides who holds which part of a model."""
+        expert_tensor = self.expert_tensor_parallel_size or self.tensor_model_parallel_size
+        sizes = (self.tensor_model_parallel_size, self.pipeline_model_parallel_size, self.expert_model_parallel_size)
+        return (*sizes, expert_tensor)
 
-def _flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
+    @classmethod
+    def flag(cls, name: str) -> str:
+        """The flag of a field, as messages show it."""
+        return cls.flag_prefix + name.replace("_", "-")
+
+
+class TeacherLayout(ParallelConfig):
+    """The layout of a teacher that is cut in another way than the student."""
+
+    flag_prefix = "--teacher-"
+
+
+@dataclass(kw_only=True)
+class TeacherParallelConfig:
+    """The teacher's own layout, on the same ranks as the student's."""
+
+    teacher_tensor_model_parallel_size: int | None = None
+    """Ranks that share each layer of the teacher (default: as the student)."""
+    teacher_pipeline_model_parallel_size: int | None = None
+    """Stages that the teacher's layers are dealt to (default: as the student)."""
+    teacher_expert_model_parallel_size: int | None = None
+    """Ranks that share the teacher's experts (default: as the student)."""
+    teacher_expert_tensor_parallel_size: int | None = None
+    """Ranks that share each expert of the teacher (default: as the student, whose default is its tensor-parallel
+    size)."""
+
+    def __post_init__(self) -> None:
+        for name in _OF_TEACHER:
+            value = self._given(name)
+            if value is not None and value < 1:
+                raise ConfigError(f"{TeacherLayout.flag(name)} must be at least 1, got {value}")
+
+    def _given(self, name: str) -> int | None:
+        return getattr(self, f"teacher_{name}")
+
+    def resolve(self, student: ParallelConfig) -> TeacherLayout | None:
+        """The teacher's layout; None where it is the student's.
+
+        What has no flag of its own is the student's as far as it can be: sequence parallelism where there are
+        tensor-parallel ranks, an uneven split where there are as many stages. The teacher reads whole sequences.
+        """
+        sizes = {name: self._given(name) or getattr(student, name) for name in _OF_TEACHER}
+        as_many_stages = sizes["pipeline_model_parallel_size"] == student.pipeline_model_parallel_size
+        layout = TeacherLayout(
+            **sizes,
+            **({name: getattr(student, name) for name in _UNEVEN_SPLITS} if as_many_stages else {}),
+            sequence_parallel=student.sequence_parallel and sizes["tensor_model_parallel_size"] > 1,
+            distributed_timeout_minutes=student.distributed_timeout_minutes,
+        )
+        return None if layout._shares() == student._shares() else layout
