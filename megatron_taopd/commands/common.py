@@ -12,7 +12,6 @@ from typing import Any
 import yaml
 
 from megatron_taopd.config_file import flat_values
-from megatron_taopd.errors import ConfigError
 from megatron_taopd.platform import distributed
 from megatron_taopd.platform.layout import ParallelConfig
 
@@ -22,13 +21,8 @@ def ranks(parallel: ParallelConfig, *, seed: int) -> Iterator[None]:
     """Process groups and model-parallel state for the time of a command.
 
     Raises:
-        ConfigError: the layout does not fit the ranks, or is one that the commands cannot use yet.
+        ConfigError: the layout does not fit the ranks.
     """
-    if parallel.context_parallel_size > 1:
-        raise ConfigError(
-            f"--context-parallel-size {parallel.context_parallel_size}: models can be split over the context, batches "
-            "and losses not yet in this version; leave it at 1"
-        )
     distributed.initialize(parallel, seed=seed)
     try:
         configure_logging()

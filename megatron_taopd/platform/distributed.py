@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_taopd.errors import ConfigError
-from megatron_taopd.platform import backend, enable, has_cuda
+from megatron_taopd.platform import backend, device, enable, has_cuda
 from megatron_taopd.platform.layout import ParallelConfig
 
 if TYPE_CHECKING:
@@ -236,6 +236,11 @@ def data_parallel_group() -> dist.ProcessGroup:
     return _parallel_state().get_data_parallel_group()
 
 
+def row_group() -> dist.ProcessGroup:
+    """Ranks that predict different tokens of the batch: data times context parallel."""
+    return _parallel_state().get_data_parallel_group(with_context_parallel=True)
+
+
 def data_parallel_rank() -> int:
     """Index of this rank's replica."""
     return _parallel_state().get_data_parallel_rank()
@@ -244,6 +249,13 @@ def data_parallel_rank() -> int:
 def data_parallel_size() -> int:
     """Number of replicas."""
     return _parallel_state().get_data_parallel_world_size()
+
+
+def most_of_replicas(count: int) -> int:
+    """The largest of the replicas' numbers; they call it together."""
+    numbers = torch.tensor([count], device=device())
+    dist.all_reduce(numbers, op=dist.ReduceOp.MAX, group=data_parallel_group())
+    return int(numbers)
 
 
 def model_parallel_group() -> dist.ProcessGroup:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from megatron_taopd.errors import ConfigError
 
@@ -50,7 +50,7 @@ class ParallelConfig:
     account_for_loss_in_pipeline_split: bool = False
     """Count LM head and loss as one layer of the last stage."""
     context_parallel_size: int = 1
-    """Ranks that share a sequence. Not yet supported by this version: must be 1."""
+    """Ranks that share a sequence: each holds two chunks of it, so that all have the same work."""
     expert_model_parallel_size: int = 1
     """Ranks that share the experts of a mixture; they are data-parallel ranks elsewhere in the model."""
     expert_tensor_parallel_size: int | None = None
@@ -135,7 +135,7 @@ class TeacherParallelConfig:
         What has no flag of its own is the student's as far as it can be: sequence parallelism where there are
         tensor-parallel ranks, an uneven split where there are as many stages. The teacher reads whole sequences.
         """
-        sizes = {name: self._given(name) or getattr(student, name) for name in _OF_TEACHER}
+        sizes: dict[str, Any] = {name: self._given(name) or getattr(student, name) for name in _OF_TEACHER}
         as_many_stages = sizes["pipeline_model_parallel_size"] == student.pipeline_model_parallel_size
         layout = TeacherLayout(
             **sizes,

@@ -20,7 +20,7 @@ from megatron_taopd.ops.collectives import Group, all_reduce_sum
 from megatron_taopd.ops.order import descending_key, distributed_quantiles, first_n
 from megatron_taopd.teachability.config import SelectionConfig
 from megatron_taopd.teachability.hashing import uniform_hash
-from megatron_taopd.teachability.ranking import RankedRows, place_in_sample, rank_rows
+from megatron_taopd.teachability.ranking import RankedRows, first_in_sample, rank_rows
 from megatron_taopd.teachability.selection import Selection, keep_budget, lowest, select, summarise
 from megatron_taopd.teachability.statistics import TokenStatistics
 
@@ -96,13 +96,17 @@ def keep_by_estimate(
     sample_index_R: torch.Tensor,
     position_R: torch.Tensor,
     config: SelectionConfig,
+    sample_group: Group = None,
     seed: int,
     step: int,
 ) -> tuple[RankedRows, torch.Tensor]:
-    """Scores and keep mask [R] of some whole responses, each row judged on its own; no collective.
+    """Scores and keep mask [R] of some whole responses, each row judged on its own.
 
     Rows at the very cut are kept by a hash of their place. Then each response adds its own best rows until it has
     ``min_keep_per_sample``.
+
+    Args:
+        sample_group: ranks that hold rows of the same responses; they call it together. None: one rank has them all.
     """
     rows = rank_rows(
         statistics,
@@ -116,7 +120,7 @@ def keep_by_estimate(
     value = cut_value(rows)
     lucky = uniform_hash(seed, step, sample_index_R, position_R) < estimate.cut_share
     keep = (value > estimate.cut) | ((value == estimate.cut) & lucky)
-    return rows, keep | (place_in_sample(rows.order_keys, sample_index_R) < config.resolved_min_keep)
+    return rows, keep | first_in_sample(rows.order_keys, sample_index_R, config.resolved_min_keep, sample_group)
 
 
 @torch.no_grad()
@@ -126,6 +130,7 @@ def keep_without_statistics(
     *,
     config: SelectionConfig,
     group: Group,
+    sample_group: Group = None,
     seed: int,
     step: int,
 ) -> torch.Tensor:
@@ -140,6 +145,7 @@ def keep_without_statistics(
         position_R=position_R,
         config=config,
         group=group,
+        sample_group=sample_group,
         seed=seed,
         step=step,
     ).keep
@@ -154,6 +160,7 @@ def select_by_estimate(
     position_R: torch.Tensor,
     config: SelectionConfig,
     group: Group,
+    sample_group: Group = None,
     seed: int,
     step: int,
 ) -> Selection:
@@ -164,6 +171,7 @@ def select_by_estimate(
         sample_index_R=sample_index_R,
         position_R=position_R,
         config=config,
+        sample_group=sample_group,
         seed=seed,
         step=step,
     )

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
+from megatron_taopd.ops.collectives import Group, all_gather, group_rank, group_size
 from megatron_taopd.ops.order import descending_key
 from megatron_taopd.registry import resolve
 from megatron_taopd.teachability.config import SelectionConfig
@@ -102,6 +103,24 @@ def place_in_sample(order_keys: list[torch.Tensor], sample_index_R: torch.Tensor
     ordered = sample_index_R[order]
     place = torch.arange(ordered.numel(), device=ordered.device) - torch.searchsorted(ordered, ordered)
     return torch.empty_like(place).scatter_(0, order, place)
+
+
+def first_in_sample(order_keys: list[torch.Tensor], sample_index_R: torch.Tensor, n: int, group: Group) -> torch.Tensor:
+    """Mask [R] of the n best rows of every response, whose rows may be spread over the ranks of ``group``.
+
+    Only the rows that are among the first n on their own rank travel: the first n of all are among them.
+    """
+    candidates = place_in_sample(order_keys, sample_index_R) < n
+    if group_size(group) == 1:
+        return candidates
+    keys = torch.stack([sample_index_R, *order_keys])[:, candidates]  # [1 + keys, candidates]
+    counts = all_gather(torch.tensor(keys.shape[1], device=keys.device), group).tolist()
+    padded = keys.new_zeros(keys.shape[0], max(counts))
+    padded[:, : keys.shape[1]] = keys
+    parts = [part[:, :count] for part, count in zip(all_gather(padded, group), counts, strict=True)]
+    sample_index, *others = torch.cat(parts, dim=1).unbind(0)
+    first = (place_in_sample(others, sample_index) < n).split(counts)[group_rank(group)]
+    return candidates.masked_scatter(candidates, first)
 
 
 def _mass(c: torch.Tensor) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Choose the kept positions of a rollout batch whose rows are spread over data-parallel ranks.
+"""Choose the kept positions of a rollout batch whose rows are spread over data- and context-parallel ranks.
 
 The mask depends on the batch alone: not on how its responses are spread over ranks or micro-batches.
 """
@@ -15,7 +15,7 @@ import torch
 from megatron_taopd.ops.collectives import Group, all_reduce_sum, group_size
 from megatron_taopd.ops.order import distributed_quantiles, first_n
 from megatron_taopd.teachability.config import SelectionConfig
-from megatron_taopd.teachability.ranking import RankedRows, place_in_sample, rank_rows
+from megatron_taopd.teachability.ranking import RankedRows, first_in_sample, rank_rows
 from megatron_taopd.teachability.statistics import TokenStatistics
 
 __all__ = ["Selection", "SelectionConfig", "select"]
@@ -53,6 +53,7 @@ def select(
     position_R: torch.Tensor,
     config: SelectionConfig,
     group: Group = None,
+    sample_group: Group = None,
     seed: int = 0,
     step: int = 0,
 ) -> Selection:
@@ -64,9 +65,11 @@ def select(
 
     Args:
         statistics: of this rank's valid response positions; their number may differ between ranks, and be 0.
-        sample_index_R: int64 index of the response in the whole batch; a response lives on one rank.
+        sample_index_R: int64 index of the response in the whole batch.
         position_R: int64 position in the response.
         group: ranks that hold different rows; None means that all rows are here.
+        sample_group: those of them that hold rows of the same responses (the context-parallel ranks); None means
+            that every response lives on one rank.
         seed, step: of the ``random`` selector.
     """
     rows = rank_rows(
@@ -81,7 +84,7 @@ def select(
     num_valid = int(all_reduce_sum(torch.tensor(len(statistics), device=statistics.D.device), group))
     budget = keep_budget(config.resolved_keep_ratio, num_valid)
     within_budget = first_n(rows.order_keys, budget, group)
-    keep = within_budget | (place_in_sample(rows.order_keys, sample_index_R) < config.resolved_min_keep)
+    keep = within_budget | first_in_sample(rows.order_keys, sample_index_R, config.resolved_min_keep, sample_group)
     return Selection(
         D_norm=rows.D_norm,
         C_norm=rows.C_norm,

@@ -94,6 +94,7 @@ class CarriedScope:
                 sample_index_R=micro_batch.sample_index_R,
                 position_R=micro_batch.position_R,
                 config=self.config.selection,
+                sample_group=distributed.context_parallel_group(),
                 seed=self.config.seed,
                 step=step,
             )
@@ -105,7 +106,8 @@ class CarriedScope:
             torch.cat([m.sample_index_R for m in self.micro_batches]),
             torch.cat([m.position_R for m in self.micro_batches]),
             config=self.config.selection,
-            group=distributed.data_parallel_group(),
+            group=distributed.row_group(),
+            sample_group=distributed.context_parallel_group(),
             seed=self.config.seed,
             step=step,
         )
@@ -121,7 +123,7 @@ class CarriedScope:
         settings = self.config.selection
         if self.estimate is None:  # by place, which is exact
             return select_rows(scored, settings, seed=self.config.seed, step=step)
-        group = distributed.data_parallel_group()
+        group = distributed.row_group()
         selection = select_by_estimate(
             self.estimate,
             scored.statistics,
@@ -129,6 +131,7 @@ class CarriedScope:
             position_R=scored.position_R,
             config=settings,
             group=group,
+            sample_group=distributed.context_parallel_group(),
             seed=self.config.seed,
             step=step,
         )
@@ -148,7 +151,7 @@ class CarriedScope:
                 sample_index_R=scored.sample_index_R,
                 position_R=scored.position_R,
                 config=self.config.selection,
-                group=distributed.data_parallel_group(),
+                group=distributed.row_group(),
                 seed=self.config.seed,
                 step=step,
             )

@@ -62,15 +62,14 @@ def forward_hidden(
         micro_batch = next(data_iterator)
         return call_model(model, micro_batch), partial(finish, micro_batch)
 
-    batch, length = micro_batches[0].tokens_BS.shape
     with torch.no_grad():
         return get_forward_backward_func()(
             forward_step_func=forward_step,
             data_iterator=iter(micro_batches),
             model=module,
             num_microbatches=len(micro_batches),
-            seq_length=length,
-            micro_batch_size=batch,
+            seq_length=micro_batches[0].length,
+            micro_batch_size=micro_batches[0].tokens_BS.shape[0],
             forward_only=True,
             collect_non_loss_data=True,
         )

@@ -18,10 +18,11 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from megatron_taopd.config import TrainConfig
-from megatron_taopd.data.batches import MicroBatch, make_micro_batches
+from megatron_taopd.data.batches import MicroBatch
 from megatron_taopd.data.records import Rollout
 from megatron_taopd.errors import ConfigError
 from megatron_taopd.platform import distributed
+from megatron_taopd.training.batching import replica_micro_batches
 from megatron_taopd.training.carried import CarriedScope
 from megatron_taopd.training.hooks.base import Hook
 from megatron_taopd.training.metrics import step_metrics
@@ -140,14 +141,13 @@ class Trainer:
 
         self.student.zero_grad_buffer()
         self.optimizer.zero_grad()
-        rows, length = micro_batches[0].tokens_BS.shape
         reports = get_forward_backward_func()(
             forward_step_func=self.forward_step,
             data_iterator=iter(batches),
             model=self.student,
             num_microbatches=len(batches),
-            seq_length=length,
-            micro_batch_size=rows,
+            seq_length=micro_batches[0].length,
+            micro_batch_size=micro_batches[0].tokens_BS.shape[0],
             forward_only=False,
         )
         updated, grad_norm, _ = self.optimizer.step()
@@ -178,13 +178,12 @@ class Trainer:
         )
 
     def micro_batches(self, rollouts: list[Rollout]) -> list[MicroBatch]:
-        """This replica's responses as padded micro-batches."""
-        parallel = self.config.parallel
-        return make_micro_batches(
+        """This rank's part of its replica's responses."""
+        return replica_micro_batches(
             rollouts,
+            self.config.parallel,
             micro_batch_size=self.config.batch.micro_batch_size,
             sample_offset=distributed.data_parallel_rank() * self.local_batch_size,
-            length_multiple=parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1,
         )
 
     def state_dict(self) -> dict[str, Any]:

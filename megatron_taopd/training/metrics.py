@@ -59,14 +59,15 @@ def step_metrics(
             sums[name] = float(getattr(statistics, field).double().sum())
         kept_kl = statistics.kl_forward[selection.keep].double().sum()
         sums["kept_kl_forward"] = float(kept_kl)
-        sums["responses"] = len(rollouts)
-        sums["response_tokens"] = sum(len(r.response_tokens) for r in rollouts)
-        sums["prompt_tokens"] = sum(len(r.prompt_tokens) for r in rollouts)
-        sums["stopped"] = sum(r.finish_reason == "stop" for r in rollouts)
+        counted = rollouts if distributed.context_parallel_rank() == 0 else []  # a replica's ranks have the same
+        sums["responses"] = len(counted)
+        sums["response_tokens"] = sum(len(r.response_tokens) for r in counted)
+        sums["prompt_tokens"] = sum(len(r.prompt_tokens) for r in counted)
+        sums["stopped"] = sum(r.finish_reason == "stop" for r in counted)
         for report in reports:
             for name, value in report.items():
                 sums[f"loss/{name}"] = sums.get(f"loss/{name}", 0.0) + float(value)
-        sums = _sum_over_replicas(sums)
+        sums = _sum_over_rows(sums)
         summary = {k: float(v) for k, v in selection.summary.items() if isinstance(v, int | float)}
     sums, summary = distributed.tell_from_last_stage((sums, summary))
 
@@ -99,10 +100,10 @@ def step_metrics(
     return metrics
 
 
-def _sum_over_replicas(sums: dict[str, float]) -> dict[str, float]:
-    group = distributed.data_parallel_group()
+def _sum_over_rows(sums: dict[str, float]) -> dict[str, float]:
+    group = distributed.row_group()
     parts: list[dict[str, float]] = [{}] * group.size()
-    # A replica that kept nothing has no numbers of the loss to report, so names travel with the values.
+    # A rank that kept nothing has no numbers of the loss to report, so names travel with the values.
     torch.distributed.all_gather_object(parts, sums, group=group)
     total: dict[str, float] = {}
     for part in parts:

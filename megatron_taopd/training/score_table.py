@@ -1,4 +1,4 @@
-"""The score table: a row a response position, gathered from the replicas and written by one rank."""
+"""The score table: a row a response position, gathered from all ranks and written by one rank."""
 
 from __future__ import annotations
 
@@ -36,13 +36,13 @@ SELECTION_COLUMNS = ("D_norm", "C_norm", "H_norm", "score", "keep")
 
 
 def gather_score_table(scored: ScoredRows, selection: Selection, rollouts: Sequence[Rollout]) -> pa.Table | None:
-    """Collect all replicas' rows, ordered by response and position; last-stage ranks call it together.
+    """Collect all ranks' rows, ordered by response and position; last-stage ranks call it together.
 
     Args:
         rollouts: the whole batch, in global order.
 
     Returns:
-        The table on one rank of the job (first tensor-parallel and data-parallel rank), None on the others.
+        The table on one rank of the job (first tensor-, data- and context-parallel rank), None on the others.
     """
     columns = {
         "sample_index": scored.sample_index_R,
@@ -52,8 +52,8 @@ def gather_score_table(scored: ScoredRows, selection: Selection, rollouts: Seque
         **{name: getattr(selection, name) for name in SELECTION_COLUMNS},
     }
     local = {name: tensor.cpu().numpy() for name, tensor in columns.items()}
-    group = distributed.data_parallel_group()
-    writer = distributed.data_parallel_rank() == 0
+    group = distributed.row_group()
+    writer = group.rank() == 0
     parts: list[dict[str, np.ndarray]] | None = [{}] * group.size() if writer else None
     torch.distributed.gather_object(local, parts, dst=torch.distributed.get_process_group_ranks(group)[0], group=group)
     if parts is None or distributed.tensor_parallel_rank() != 0:

@@ -19,7 +19,7 @@ from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from safetensors.torch import load_file
 
 from megatron_taopd.convert import export_hf
-from megatron_taopd.models.context import context_positions
+from megatron_taopd.ops.context import context_positions
 from megatron_taopd.platform import distributed
 from megatron_taopd.platform.layout import ParallelConfig
 from megatron_taopd.testing.tiny_models import save_tiny_hf_model

@@ -47,6 +47,12 @@ LAYOUTS = (
         4,
         ("--tensor-model-parallel-size", "2", "--expert-model-parallel-size", "2", "--sequence-parallel"),
     ),
+    Layout("CP2", 2, ("--context-parallel-size", "2")),
+    Layout(
+        "CP2TP2SP",
+        4,
+        ("--context-parallel-size", "2", "--tensor-model-parallel-size", "2", "--sequence-parallel"),
+    ),
     Layout(
         "PP2last1EP2",
         4,

@@ -16,6 +16,7 @@ from megatron_taopd.rollout.config import RolloutConfig
 from megatron_taopd.rollout.megatron.generation import Answer, Decoding, generate
 from megatron_taopd.rollout.megatron.lockstep import finish_together
 from megatron_taopd.rollout.megatron.module_state import ready_for_inference
+from megatron_taopd.rollout.megatron.shares import context_share, join_shares
 
 logger = logging.getLogger(__name__)
 
@@ -23,7 +24,7 @@ DEFAULT_BATCH_SIZE = 64
 
 
 class MegatronEngine:
-    """Generates with megatron-core's model and inference context, at any tensor- and pipeline-parallel layout.
+    """Generates with megatron-core's model and inference context, at any parallel layout.
 
     See :class:`megatron_taopd.rollout.base.RolloutEngine`. The module may be in the middle of training,
     inside DistributedDataParallel or not; it is in eval mode while it generates and as it was before
@@ -84,6 +85,8 @@ class MegatronEngine:
         """
         for prompt in prompts:
             self._check(prompt)
+        share = context_share(len(prompts))
+        prompts, sample_offset = prompts[share], sample_offset + share.start
         decoding = Decoding(
             seed=self.seed,
             step=step,
@@ -112,7 +115,12 @@ class MegatronEngine:
                 if self.progress is not None:
                     self.progress(start + len(batch), len(prompts))
             finish_together(self.student.module)
-        return [rollouts[i] for i in range(len(prompts))]
+        return join_shares(
+            [rollouts[i] for i in range(len(prompts))],
+            with_hidden=self.keep_hidden,
+            hidden_size=self.student.config.hidden_size,
+            dtype=self.student.config.params_dtype,
+        )
 
     def _check(self, prompt: Prompt) -> None:
         highest = max(prompt.tokens)
