@@ -1,5 +1,7 @@
 # make demo    distil a small real model, start to finish, on this machine
 # make test    all tests
+# make test-latest  what Megatron can break, on the newest megatron-core that is supported (below), whatever the Python
+# make bench   this project against its peers, short form (BENCH_ARGS=--full for the figures in docs/benchmarks.md)
 # make check   lint, formatting, types (no tests)
 # make format  rewrite the formatting
 #
@@ -19,10 +21,18 @@ TORCH_PIP_ARGS ?=
 PIP_ARGS ?=
 VENV ?= .venv
 
+# The newest end of setup.py's range. Its wheel asks for Python 3.12 and runs on 3.11 as well; without a GPU it needs
+# triton all the same, which torch's CPU wheels leave out.
+LATEST_MEGATRON ?= megatron-core==0.19.2
+LATEST_TRITON ?= triton==3.9.0
+LATEST_TESTS ?= tests/platform tests/models tests/checkpoint tests/oracle tests/rollout tests/convert/test_round_trip.py \
+	tests/training/test_layout_invariance.py tests/training/test_resume.py tests/examples/test_megatron_lm.py
+LATEST := build/latest
+
 BIN := $(abspath $(VENV))/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 
-.PHONY: demo test check format clean
+.PHONY: bench demo test test-latest check format clean
 .DEFAULT_GOAL := check
 
 $(VENV)/.torch: Makefile
@@ -47,6 +57,27 @@ demo: $(VENV)/.demo
 
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+$(LATEST)/.installed: $(VENV)/.dev Makefile
+	@echo "== unpacking $(LATEST_MEGATRON) into $(LATEST)"
+	rm -rf $(LATEST)
+	$(PIP) $(PIP_ARGS) --target $(LATEST) --no-deps --python-version 3.12 --only-binary=:all: "$(LATEST_MEGATRON)"
+	$(BIN)/python -c "import triton" 2>/dev/null || $(PIP) $(PIP_ARGS) --target $(LATEST) --no-deps "$(LATEST_TRITON)"
+	@touch $@
+
+test-latest: export PYTHONPATH := $(abspath $(LATEST))
+test-latest: $(LATEST)/.installed
+	@$(BIN)/python -c "from megatron.core import __version__ as v; print('== megatron-core', v); \
+		assert '$(LATEST_MEGATRON)' == 'megatron-core==' + v"
+	$(BIN)/python -m pytest $(LATEST_TESTS) $(PYTEST_ARGS)
+
+$(VENV)/.bench: $(VENV)/.dev $(VENV)/.demo benchmarks/requirements.txt
+	@echo "== installing the peers that the benchmarks compare with"
+	$(PIP) $(PIP_ARGS) --no-deps -r benchmarks/requirements.txt
+	@touch $@
+
+bench: $(VENV)/.bench
+	$(BIN)/python benchmarks/run.py $(BENCH_ARGS)
 
 check: $(VENV)/.dev
 	$(BIN)/ruff check .
