@@ -119,12 +119,12 @@ def measure(shape: Shape, ranks: int, args: argparse.Namespace) -> list[dict[str
     with WorkerPool(ranks) as pool:
         answers = pool.run(measure_rank, shape, settings)
     kept = len(given_rows(shape.tokens, args.keep_ratio))
-    row_of_hidden = 2 * (ranks - 1) / ranks * FLOAT * shape.student_hidden
+    from_others = (ranks - 1) / ranks * FLOAT * shape.student_hidden  # the kept rows are spread evenly
     sums = (ranks - 1) * LOSS_SUMS * DOUBLE
     formula = {
         "scoring": bytes_per_row(args.support_k, ranks),
-        "loss + gradient": sums + row_of_hidden,
-        "loss + gradient, sequence parallel": sums + 2 * row_of_hidden,
+        "loss + gradient": sums + 2 * from_others,
+        "loss + gradient, sequence parallel": sums + 3 * from_others,
     }
     rows = []
     for phase in answers[0]:
@@ -183,8 +183,8 @@ def main() -> None:
                     f"Bytes that a rank receives: a scored position, or a kept one (ρ = {args.keep_ratio:g}, "
                     f"{args.loss}). The formula of scoring is `teachability.statistics.bytes_per_row`; that of the "
                     f"loss is {LOSS_SUMS} sums from every other rank ({LOSS_SUMS * DOUBLE} bytes), the gradient of the "
-                    "kept hidden states, 2 (P - 1) / P × 4 H bytes, and as much again for the states themselves "
-                    f"under sequence parallelism. {args.clock} time of the slowest rank, one thread a rank."
+                    "kept hidden states, 2 (P - 1) / P × 4 H bytes, and under sequence parallelism (P - 1) / P × 4 H "
+                    f"for the states themselves. {args.clock} time of the slowest rank, one thread a rank."
                 ],
             )
         )
