@@ -195,7 +195,15 @@ def main() -> None:
     made: list[ModelPair] = []  # `pretrain` builds the model first and asks for the data afterwards
 
     def model_provider(**unused: Any) -> torch.nn.Module:
-        made.append(load_pair(config.models, config.parallel, config.precision, train_student=True))
+        made.append(
+            load_pair(
+                config.models,
+                config.parallel,
+                config.precision,
+                train_student=True,
+                teacher_parallel=config.teacher_parallel,
+            )
+        )
         return made[0].student.module
 
     def datasets(num_samples: Any) -> tuple[ScoredBatches, None, None]:
