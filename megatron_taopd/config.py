@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from megatron_taopd.data.config import DataConfig
 from megatron_taopd.errors import ConfigError
 from megatron_taopd.losses import LossConfig
-from megatron_taopd.platform.layout import ParallelConfig
+from megatron_taopd.platform.layout import ParallelConfig, TeacherParallelConfig
 from megatron_taopd.rollout.config import RolloutConfig
 from megatron_taopd.run_config import (
     BatchConfig,
@@ -40,6 +40,7 @@ class TrainConfig:
     batch: BatchConfig = field(default_factory=BatchConfig)
     optimization: OptimizationConfig = field(default_factory=OptimizationConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    teacher_parallel: TeacherParallelConfig = field(default_factory=TeacherParallelConfig)
     precision: PrecisionConfig = field(default_factory=PrecisionConfig)
     recompute: RecomputeConfig = field(default_factory=RecomputeConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
@@ -99,6 +100,7 @@ class ScoreConfig:
     """Responses a forward pass."""
     selection: SelectionConfig = field(default_factory=SelectionConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    teacher_parallel: TeacherParallelConfig = field(default_factory=TeacherParallelConfig)
     precision: PrecisionConfig = field(default_factory=PrecisionConfig)
     logits_chunk_bytes: int = 64 * 2**20
     """Memory for one chunk of fp32 logits a model and rank."""

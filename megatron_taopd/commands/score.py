@@ -19,16 +19,22 @@ def score(words: Sequence[str]) -> None:
 
 def run_scoring(config: ScoreConfig) -> None:
     """Score as configured; process groups exist."""
-    from megatron_taopd.data.batches import make_micro_batches
     from megatron_taopd.data.records import read_rollouts
     from megatron_taopd.platform import distributed
+    from megatron_taopd.training.batching import replica_micro_batches
     from megatron_taopd.training.pair import load_pair
     from megatron_taopd.training.score_table import gather_score_table, write_score_table
     from megatron_taopd.training.scoring import RowReader, score_in_groups, select_rows
     from megatron_taopd.training.sources import even_share
 
     announce(config, "taopd score")
-    pair = load_pair(config.models, config.parallel, config.precision, train_student=False)
+    pair = load_pair(
+        config.models,
+        config.parallel,
+        config.precision,
+        train_student=False,
+        teacher_parallel=config.teacher_parallel,
+    )
     rollouts = read_rollouts(
         config.rollout_data, vocab_size=pair.vocab_size, max_response_length=config.max_response_length
     )
@@ -38,11 +44,11 @@ def run_scoring(config: ScoreConfig) -> None:
     if parallel.expert_model_parallel_size > 1:
         largest_share = -(-len(rollouts) // distributed.data_parallel_size())
         at_least = -(-largest_share // config.micro_batch_size)
-    micro_batches = make_micro_batches(
+    micro_batches = replica_micro_batches(
         rollouts[place],
+        parallel,
         micro_batch_size=config.micro_batch_size,
         sample_offset=place.start,
-        length_multiple=parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1,
         at_least=at_least,
     )
     reader = RowReader.from_config(

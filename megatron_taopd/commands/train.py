@@ -42,6 +42,7 @@ def run_training(config: TrainConfig) -> None:
         train_student=True,
         recompute=config.recompute,
         offload_teacher=config.scoring.offload_teacher,
+        teacher_parallel=config.teacher_parallel,
     )
     source = open_source(config, pair)
     student = wrap_student(

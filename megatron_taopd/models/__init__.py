@@ -11,6 +11,7 @@ from megatron_taopd.models.hf_config import HFModelConfig, load_hf_config
 from megatron_taopd.models.source import hf_directory, is_megatron_checkpoint
 from megatron_taopd.models.transformer_config import (
     build_transformer_config,
+    check_layout,
     have_transformer_engine,
     refuse_expert_layout_in_vain,
     use_transformer_engine,
@@ -22,6 +23,7 @@ __all__ = [
     "LoadedModel",
     "build_model",
     "build_transformer_config",
+    "check_layout",
     "have_transformer_engine",
     "hf_directory",
     "is_megatron_checkpoint",

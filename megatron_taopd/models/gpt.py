@@ -55,9 +55,9 @@ class DistillationGPTModel(GPTModel):
             rotary_base=hf.rope_theta,
             vp_stage=vp_stage,
         )
-        if not head:  # the decoder keeps its final norm
+        if post_process and not head:  # the decoder keeps its final norm
             self.post_process = False
-            self.output_layer = None
+            del self.output_layer
         self.real_vocab_size = hf.vocab_size
         if hf.rope_scaling is not None:
             self.rotary_pos_emb.inv_freq = scale_frequencies(self.rotary_pos_emb.inv_freq, hf.rope_scaling)

@@ -31,7 +31,9 @@ class SecondLayout:
         """
         distributed.check_world_size(config)
         self.config = config
-        self._values = {name: {} if isinstance(value, dict) else None for name, value in _globals().items()}
+        self._values: dict[str, Any] = {
+            name: {} if isinstance(value, dict) else None for name, value in _globals().items()
+        }
         with self.in_force():
             distributed.lay_out(config)
         distributed.second_layouts.append(self)
@@ -49,7 +51,8 @@ class SecondLayout:
 
     def groups(self) -> list[dist.ProcessGroup | None]:
         """The groups that this rank belongs to."""
-        return self._values["_global_process_group_list"] or []
+        groups: list[dist.ProcessGroup | None] = self._values["_global_process_group_list"]
+        return groups
 
 
 def _parallel_state() -> types.ModuleType:

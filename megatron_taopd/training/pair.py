@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import logging
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 
 from megatron_taopd.data.tokenizer import check_tokenizers_agree, load_tokenizer
 from megatron_taopd.models import (
+    HFModelConfig,
     LoadedModel,
+    check_layout,
+    load_head,
     load_hf_config,
     load_model,
     pad_vocab_size,
@@ -19,40 +22,38 @@ from megatron_taopd.models import (
 )
 from megatron_taopd.ops.head import HeadShard
 from megatron_taopd.platform import device, distributed, has_cuda
-from megatron_taopd.platform.layout import ParallelConfig
+from megatron_taopd.platform.layout import ParallelConfig, TeacherParallelConfig
+from megatron_taopd.platform.layouts import SecondLayout
 from megatron_taopd.run_config import ModelPairConfig, PrecisionConfig, RecomputeConfig
+from megatron_taopd.training.exchange import Routes
 from megatron_taopd.training.offload import OffloadedWeights
+from megatron_taopd.training.teachers import Teacher
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(kw_only=True)
 class ModelPair:
-    """Both models of this rank, built with one padded vocabulary so that their head shards line up."""
+    """Both models of this rank, with one padded vocabulary so that their head shards line up."""
 
     student: LoadedModel
-    teacher: LoadedModel
+    teacher: Teacher
     vocab_size: int
     """Common real vocabulary: ids below it exist in both models."""
     tokenizer: Any | None
     """Tokenizer of the pair, or None where neither directory has one (token ids only)."""
-    offloaded: OffloadedWeights | None = None
-    """The teacher's weights but for its LM head, where they live in host memory."""
-
-    def teacher_on_device(self) -> AbstractContextManager[None]:
-        """The block in which the teacher may run a forward pass. Its LM head can be used outside, too."""
-        return nullcontext() if self.offloaded is None else self.offloaded.on_device()
 
     def student_head(self) -> HeadShard:
         """LM-head shard of the student; on the last pipeline stage only."""
-        return self._head(self.student)
+        return self._head(self.student.module.head_weight())
 
     def teacher_head(self) -> HeadShard:
-        """LM-head shard of the teacher; on the last pipeline stage only."""
-        return self._head(self.teacher)
+        """LM-head shard of the teacher, cut like the student's; on the student's last pipeline stage only."""
+        assert self.teacher.head_weight is not None, "last-stage ranks have an LM head"
+        return self._head(self.teacher.head_weight)
 
-    def _head(self, model: LoadedModel) -> HeadShard:
-        return HeadShard.for_rank(model.module.head_weight(), self.vocab_size, distributed.tensor_parallel_group())
+    def _head(self, weight: torch.Tensor) -> HeadShard:
+        return HeadShard.for_rank(weight, self.vocab_size, distributed.tensor_parallel_group())
 
 
 def params_dtype(precision: PrecisionConfig) -> torch.dtype:
@@ -82,11 +83,14 @@ def load_pair(
     train_student: bool,
     recompute: RecomputeConfig | None = None,
     offload_teacher: bool = False,
+    teacher_parallel: TeacherParallelConfig | None = None,
 ) -> ModelPair:
     """Check that the two models can be compared token by token, then load one after the other at this rank's place.
 
     Args:
-        offload_teacher: the teacher's weights live in host memory outside ``ModelPair.teacher_on_device``.
+        parallel: the layout in force, the student's.
+        offload_teacher: the teacher's weights live in host memory outside ``Teacher.on_device``.
+        teacher_parallel: the teacher's own layout (default: the student's).
 
     Raises:
         TokenizerMismatchError: an id means different tokens, or the stop tokens differ.
@@ -95,6 +99,7 @@ def load_pair(
     """
     student_hf, teacher_hf = load_hf_config(models.student), load_hf_config(models.teacher)
     refuse_expert_layout_in_vain(parallel, student_hf, teacher_hf)
+    own_layout = _lay_out_teacher(teacher_parallel, parallel, teacher_hf)
     check_tokenizers_agree(models.student, models.teacher, allow_stop_token_mismatch=models.allow_stop_token_mismatch)
     tokenizer = load_tokenizer(models.student) or load_tokenizer(models.teacher)
     vocab_size = min(student_hf.vocab_size, teacher_hf.vocab_size)
@@ -122,20 +127,60 @@ def load_pair(
         trainable=train_student,
         overrides=student_overrides,
     )
-    teacher = load_model(
+    teacher = _load_teacher(
         models.teacher,
         parallel,
+        own_layout,
         params_dtype=teacher_params_dtype(models, precision),
         padded_vocab_size=padded,
-        trainable=False,
         overrides=overrides,
+        offload=offload_teacher and can_offload("--offload-teacher"),
     )
-    return ModelPair(
-        student=student,
-        teacher=teacher,
-        vocab_size=vocab_size,
-        tokenizer=tokenizer,
-        offloaded=_offload(teacher) if offload_teacher and can_offload("--offload-teacher") else None,
+    return ModelPair(student=student, teacher=teacher, vocab_size=vocab_size, tokenizer=tokenizer)
+
+
+def _lay_out_teacher(
+    asked: TeacherParallelConfig | None, parallel: ParallelConfig, teacher: HFModelConfig
+) -> SecondLayout | None:
+    """The groups of a teacher's own layout, refused where it divides neither the ranks nor the model."""
+    layout = None if asked is None else asked.resolve(parallel)
+    if asked is None or layout is None:
+        return None
+    if asked.teacher_expert_model_parallel_size or asked.teacher_expert_tensor_parallel_size:
+        refuse_expert_layout_in_vain(layout, teacher)
+    check_layout(teacher, layout)
+    return SecondLayout(layout)
+
+
+def _load_teacher(
+    source: str,
+    parallel: ParallelConfig,
+    own_layout: SecondLayout | None,
+    *,
+    params_dtype: torch.dtype,
+    padded_vocab_size: int,
+    overrides: dict[str, Any],
+    offload: bool,
+) -> Teacher:
+    """A teacher at the student's layout ``parallel``, or at one of its own with its LM head cut like the student's."""
+    load = partial(load_model, source, params_dtype=params_dtype, trainable=False, overrides=overrides)
+    if own_layout is None:
+        model = load(parallel, padded_vocab_size=padded_vocab_size)
+        head_weight = model.module.head_weight() if distributed.is_last_stage() else None
+    else:
+        with own_layout.in_force():
+            model = load(own_layout.config, head=False)
+        head_weight = load_head(source, params_dtype=params_dtype, padded_vocab_size=padded_vocab_size)
+    offloaded = None
+    if offload:
+        offloaded = OffloadedWeights(model.module, device=device(), stay=[] if head_weight is None else [head_weight])
+        logger.info("teacher: %.2f GiB of weights a rank wait in host memory", offloaded.num_bytes / 2**30)
+    return Teacher(
+        model=model,
+        head_weight=head_weight,
+        layout=own_layout,
+        routes=None if own_layout is None else Routes(own_layout),
+        offloaded=offloaded,
     )
 
 
@@ -144,10 +189,3 @@ def can_offload(flag: str) -> bool:
     if not has_cuda():
         logger.warning("%s: this machine has no GPU, so everything is in host memory already", flag)
     return has_cuda()
-
-
-def _offload(teacher: LoadedModel) -> OffloadedWeights:
-    head = [teacher.module.head_weight()] if distributed.is_last_stage() else []
-    offloaded = OffloadedWeights(teacher.module, device=device(), stay=head)
-    logger.info("teacher: %.2f GiB of weights a rank wait in host memory", offloaded.num_bytes / 2**30)
-    return offloaded

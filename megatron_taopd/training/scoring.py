@@ -26,7 +26,7 @@ from megatron_taopd.training.pair import ModelPair
 
 @dataclass(kw_only=True)
 class ScoredRows:
-    """Every response position of this replica, in micro-batch order; exists on last-stage ranks only.
+    """Every response position that this rank predicts, in micro-batch order; exists on last-stage ranks only.
 
     R rows.
     """
@@ -95,12 +95,7 @@ def read_teacher(pair: ModelPair, micro_batches: Sequence[MicroBatch], *, on_hos
     Args:
         on_host: they wait in host memory.
     """
-
-    def hold(micro_batch: MicroBatch, hidden_SBH: torch.Tensor) -> HeldRows:
-        return HeldRows(pick_rows(hidden_SBH, micro_batch.row_index_R, pair.teacher.config), on_host=on_host)
-
-    with pair.teacher_on_device():
-        return forward_hidden(pair.teacher.module, micro_batches, hold)
+    return pair.teacher.read(micro_batches, on_host=on_host)
 
 
 def score_micro_batches(
@@ -148,9 +143,12 @@ def score_in_groups(
         progress: called with micro-batches done and in all, after each group.
     """
     parts: list[TokenStatistics] = []
-    for start in range(0, len(micro_batches), group_size):
+    # Replicas whose shares differ by one may have another number of groups, and all of them read the teacher.
+    for start in range(0, distributed.most_of_replicas(len(micro_batches)), group_size):
         group = micro_batches[start : start + group_size]
-        parts += score_micro_batches(reader, reader.pair.student.module, group, read_teacher(reader.pair, group))
+        teacher_rows = read_teacher(reader.pair, group)
+        if group:
+            parts += score_micro_batches(reader, reader.pair.student.module, group, teacher_rows)
         if progress is not None:
             progress(start + len(group), len(micro_batches))
     return collect_rows(micro_batches, parts)
@@ -170,13 +168,14 @@ def collect_rows(micro_batches: Sequence[MicroBatch], parts: Sequence[TokenStati
 
 
 def select_rows(scored: ScoredRows, config: SelectionConfig, *, seed: int, step: int) -> Selection:
-    """Scores and keep mask over the rollout batch of all data-parallel replicas; last-stage ranks call it together."""
+    """Scores and keep mask over the rollout batch of all replicas; last-stage ranks call it together."""
     return select(
         scored.statistics,
         sample_index_R=scored.sample_index_R,
         position_R=scored.position_R,
         config=config,
-        group=distributed.data_parallel_group(),
+        group=distributed.row_group(),
+        sample_group=distributed.context_parallel_group(),
         seed=seed,
         step=step,
     )
