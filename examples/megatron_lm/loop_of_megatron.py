@@ -1,9 +1,10 @@
 """Where ``megatron.training`` of megatron-core 0.19 is imported, and made to start where it would not.
 
-Three things stand in its way outside NVIDIA's containers, and none concerns the training loop:
+Four things stand in its way outside NVIDIA's containers, and none concerns the training loop:
 
 - it imports ``typing.override``, which Python has since 3.12;
 - ``initialize_megatron`` asserts a CUDA device;
+- under tensor parallelism the check of the flags asks for the generation of the GPU;
 - it compiles the C++ helpers of Megatron's datasets with a makefile that the wheel leaves out. They are not used here.
 """
 
@@ -39,6 +40,8 @@ def run_pretrain(
 
     Process groups and model-parallel groups exist already.
     """
+    if not platform.has_cuda():
+        arguments.get_device_arch_version = lambda: 10  # one for which no order of kernels must be enforced
     arguments.validate_args(args)
     global_vars.set_global_variables(args, build_tokenizer=False)
     initialize._compile_dependencies = lambda: None

@@ -124,5 +124,5 @@ def test_what_the_recipe_may_say(recipes: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="--overlap-grad-reduce"):
         script.read_recipe(_arguments(recipes / "file.yaml", overlap_grad_reduce=True))
     (tmp_path / "more.yaml").write_text((recipes / "file.yaml").read_text() + "lr: 0.1\nsave: here\n")
-    with pytest.raises(ConfigError, match="lr, save: in this loop that is said by Megatron's flags"):
+    with pytest.raises(ConfigError, match="lr, save: Megatron's own flags say that in this loop"):
         script.read_recipe(_arguments(tmp_path / "more.yaml"))
