@@ -20,6 +20,7 @@ from megatron_taopd.run_config import (
     LoggingConfig,
     ModelPairConfig,
     OptimizationConfig,
+    PackingConfig,
     PrecisionConfig,
     RecomputeConfig,
     ScoringConfig,
@@ -38,6 +39,7 @@ class TrainConfig:
     loss: LossConfig = field(default_factory=LossConfig)
     scoring: ScoringConfig = field(default_factory=ScoringConfig)
     batch: BatchConfig = field(default_factory=BatchConfig)
+    packing: PackingConfig = field(default_factory=PackingConfig)
     optimization: OptimizationConfig = field(default_factory=OptimizationConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     teacher_parallel: TeacherParallelConfig = field(default_factory=TeacherParallelConfig)
@@ -65,6 +67,7 @@ class TrainConfig:
                 f"--global-batch-size {self.batch.global_batch_size} (responses a step) must be a multiple of "
                 f"--num-samples-per-prompt {per_prompt}"
             )
+        self.packing.check_micro_batch_size(self.batch.micro_batch_size)
         self.scoring.resolve_temperature(self.rollout.temperature)
         self._check_score_from()
 
@@ -98,6 +101,7 @@ class ScoreConfig:
     """Divides the logits of both models; the one the responses were sampled with."""
     micro_batch_size: int = 1
     """Responses a forward pass."""
+    packing: PackingConfig = field(default_factory=PackingConfig)
     selection: SelectionConfig = field(default_factory=SelectionConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     teacher_parallel: TeacherParallelConfig = field(default_factory=TeacherParallelConfig)
@@ -114,6 +118,7 @@ class ScoreConfig:
             raise ConfigError(f"--output {self.output} must end in .parquet or .jsonl")
         if self.micro_batch_size < 1:
             raise ConfigError(f"--micro-batch-size {self.micro_batch_size} must be at least 1")
+        self.packing.check_micro_batch_size(self.micro_batch_size)
         if not self.temperature > 0:
             raise ConfigError(f"--temperature {self.temperature} must be positive: it divides the logits")
         if self.selection.selection_scope != "global":

@@ -103,6 +103,40 @@ class BatchConfig:
 
 
 @dataclass(kw_only=True)
+class PackingConfig:
+    """Sequences without padding."""
+
+    packed_sequences: bool = False
+    """Lay responses end to end in one long sequence a micro-batch (default: side by side, padded to the longest).
+    Positions begin anew in each and none attends to another, so that the results are the same."""
+    max_packed_length: int | None = None
+    """Most tokens of a packed sequence, prompts included, over all context-parallel ranks (default:
+    --micro-batch-size times the longest response with its prompt)."""
+
+    def __post_init__(self) -> None:
+        if self.max_packed_length is None:
+            return
+        if not self.packed_sequences:
+            raise ConfigError(
+                f"--max-packed-length {self.max_packed_length} has no effect without --packed-sequences; set that too"
+            )
+        if self.max_packed_length < 1:
+            raise ConfigError(f"--max-packed-length {self.max_packed_length} must be at least 1")
+
+    def check_micro_batch_size(self, size: int) -> None:
+        """Refuse two sizes of a micro-batch.
+
+        Raises:
+            ConfigError: tokens are given, and responses as well.
+        """
+        if self.max_packed_length is not None and size > 1:
+            raise ConfigError(
+                f"--micro-batch-size {size} has no effect with --max-packed-length {self.max_packed_length}, which "
+                "says how large a micro-batch is; drop one of them"
+            )
+
+
+@dataclass(kw_only=True)
 class OptimizationConfig:
     """Optimizer and schedule."""
 

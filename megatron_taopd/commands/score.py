@@ -40,16 +40,12 @@ def run_scoring(config: ScoreConfig) -> None:
     )
     place = even_share(len(rollouts))
     parallel = config.parallel
-    at_least = 0
-    if parallel.expert_model_parallel_size > 1:
-        largest_share = -(-len(rollouts) // distributed.data_parallel_size())
-        at_least = -(-largest_share // config.micro_batch_size)
     micro_batches = replica_micro_batches(
         rollouts[place],
         parallel,
+        config.packing,
         micro_batch_size=config.micro_batch_size,
         sample_offset=place.start,
-        at_least=at_least,
     )
     reader = RowReader.from_config(
         pair,

@@ -88,6 +88,14 @@ class ParallelConfig:
         tensor = self.expert_tensor_parallel_size or self.tensor_model_parallel_size
         return tensor * self.expert_model_parallel_size * self.pipeline_model_parallel_size
 
+    @property
+    def shares_experts(self) -> bool:
+        """Whether data-parallel replicas may hold different experts, or different shards of them."""
+        return self.expert_model_parallel_size > 1 or self.expert_tensor_parallel_size not in (
+            None,
+            self.tensor_model_parallel_size,
+        )
+
     def _shares(self) -> tuple[int, ...]:
         """What decides who holds which part of a model."""
         expert_tensor = self.expert_tensor_parallel_size or self.tensor_model_parallel_size

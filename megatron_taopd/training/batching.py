@@ -3,33 +3,53 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
-from megatron_taopd.data.batches import MicroBatch, make_micro_batches
+from megatron_taopd.data.batches import MicroBatch, context_multiple, make_micro_batches, sequence_length
+from megatron_taopd.data.packing import pack_micro_batches, padding_like
 from megatron_taopd.data.records import Rollout
 from megatron_taopd.platform import distributed
 from megatron_taopd.platform.layout import ParallelConfig
+from megatron_taopd.run_config import PackingConfig
 
 
 def replica_micro_batches(
     rollouts: Sequence[Rollout],
     parallel: ParallelConfig,
+    packing: PackingConfig,
     *,
     micro_batch_size: int,
     sample_offset: int,
-    at_least: int = 0,
 ) -> list[MicroBatch]:
-    """This rank's part of its replica's responses.
+    """This rank's part of its replica's responses, padded or packed; all ranks call it together.
+
+    Replicas that share experts get the same number of micro-batches: those beyond their responses are padding without
+    rows.
 
     Args:
+        micro_batch_size: responses a micro-batch; with packing a micro-batch has as many tokens as so many of the
+            longest, unless ``packing`` says how many.
         sample_offset: index of the first response in the global batch.
-        at_least: micro-batches.
+
+    Raises:
+        DataError: a response is too long to be packed.
     """
-    return make_micro_batches(
-        rollouts,
-        micro_batch_size=micro_batch_size,
+    context_size = distributed.context_parallel_size()
+    tensor = parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1
+    place: dict[str, Any] = dict(
         sample_offset=sample_offset,
-        length_multiple=parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1,
+        length_multiple=tensor,
         context_rank=distributed.context_parallel_rank(),
-        context_size=distributed.context_parallel_size(),
-        at_least=at_least,
+        context_size=context_size,
     )
+    if packing.packed_sequences:
+        multiple = context_multiple(context_size) * tensor
+        longest = -(-max(map(sequence_length, rollouts)) // multiple) * multiple
+        max_length = packing.max_packed_length or micro_batch_size * longest
+        micro_batches = pack_micro_batches(rollouts, max_length=max_length, **place)
+    else:
+        micro_batches = make_micro_batches(rollouts, micro_batch_size=micro_batch_size, **place)
+    wanted = len(micro_batches)
+    if parallel.shares_experts:
+        wanted = distributed.most_of_replicas(wanted)
+    return micro_batches + [padding_like(micro_batches[0]) for _ in range(wanted - len(micro_batches))]

@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any, TypeVar
 
 import torch
+from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer import TransformerConfig
 
@@ -20,7 +21,19 @@ Result = TypeVar("Result")
 
 def call_model(module: torch.nn.Module, micro_batch: MicroBatch) -> torch.Tensor:
     """This stage's output for a micro-batch: on the last stage final hidden states [S (/TP under SP), B, H]."""
-    return module(micro_batch.tokens_BS, micro_batch.position_ids_BS, None)
+    packed = _packed_params(micro_batch)
+    return module(micro_batch.tokens_BS, micro_batch.position_ids_BS, None, packed_seq_params=packed)
+
+
+def _packed_params(micro_batch: MicroBatch) -> PackedSeqParams | None:
+    """How Megatron is told where packed sequences end."""
+    ends = micro_batch.packed_ends
+    if ends is None:
+        return None
+    longest = int(ends.diff().max())
+    return PackedSeqParams(
+        qkv_format="thd", cu_seqlens_q=ends, cu_seqlens_kv=ends, max_seqlen_q=longest, max_seqlen_kv=longest
+    )
 
 
 def pick_rows(hidden_SBH: torch.Tensor, row_index_R: torch.Tensor, config: TransformerConfig) -> torch.Tensor:

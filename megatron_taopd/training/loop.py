@@ -182,6 +182,7 @@ class Trainer:
         return replica_micro_batches(
             rollouts,
             self.config.parallel,
+            self.config.packing,
             micro_batch_size=self.config.batch.micro_batch_size,
             sample_offset=distributed.data_parallel_rank() * self.local_batch_size,
         )

@@ -53,6 +53,8 @@ LAYOUTS = (
         4,
         ("--context-parallel-size", "2", "--tensor-model-parallel-size", "2", "--sequence-parallel"),
     ),
+    Layout("packed", 1, ("--packed-sequences", "--max-packed-length=40")),
+    Layout("CP2packed", 2, ("--context-parallel-size", "2", "--packed-sequences")),
     Layout(
         "PP2last1EP2",
         4,

@@ -116,7 +116,7 @@ def train_all(root: Path, layout: Layout) -> None:
                 f"--rollout-data={rollouts_of(root, loss)}",
                 f"--temperature={TEMPERATURE}",
                 "--global-batch-size=8",
-                f"--micro-batch-size={1 if layout.name == 'TP1' else 2}",
+                f"--micro-batch-size={1 if layout.name in ('TP1', 'packed') else 2}",
                 "--train-iters=1",
                 f"--keep-ratio={KEEP_RATIO}",
                 f"--support-k={K}",

@@ -8,11 +8,14 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+
+from megatron_taopd.rollout.megatron.products import linear
 
 
 @contextmanager
 def ready_for_inference(module: torch.nn.Module) -> Iterator[None]:
-    """Eval mode without sequence and context parallelism, until the block ends.
+    """Eval mode without sequence and context parallelism, and products without autograd, until the block ends.
 
     One decoded token cannot be split over a sequence, and Megatron's static batching refuses to try. The
     weights are the same either way. (Megatron's own ``set_model_to_sequence_parallel`` remembers modules by
