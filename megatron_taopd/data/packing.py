@@ -74,7 +74,7 @@ def pack_micro_batches(
     longest = max(range(len(rollouts)), key=lengths.__getitem__)
     if lengths[longest] > capacity:
         raise DataError(
-            f"--max-packed-length {max_length} has no room for rollout {rollouts[longest].id!r}: prompt and response "
+            f"--max-packed-length {max_length} has no room for {rollouts[longest].id!r}: prompt and response "
             f"have {sequence_length(rollouts[longest])} tokens, with padding for the layout {lengths[longest]}; raise it"
         )
     bins = first_fit(lengths, capacity)
