@@ -115,19 +115,18 @@ def _state_bytes(hf: HFModelConfig, parallel: ParallelConfig, world_size: int, *
 def test_recipe(recipe: str) -> None:
     words = _words(recipe)
     config, world_size = _flags(words), _world_size(words)
-    student, teacher, parallel = (
-        _of_directory(config.models.student),
-        _of_directory(config.models.teacher),
-        config.parallel,
-    )
+    student, teacher = _of_directory(config.models.student), _of_directory(config.models.teacher)
+    parallel = config.parallel
+    of_teacher = config.teacher_parallel.resolve(parallel) or parallel
     check_layout(student, parallel)
-    check_layout(teacher, parallel)
+    check_layout(teacher, of_teacher)
     refuse_expert_layout_in_vain(parallel, student, teacher)
-    assert world_size % parallel.model_parallel_size == 0 and world_size % parallel.expert_parallel_size == 0
+    for layout in (parallel, of_teacher):
+        assert world_size % layout.model_parallel_size == 0 and world_size % layout.expert_parallel_size == 0
     replicas = world_size // parallel.model_parallel_size
     assert config.batch.global_batch_size % (replicas * config.batch.micro_batch_size) == 0
     held = _state_bytes(student, parallel, world_size, trained=True)
-    held += _state_bytes(teacher, parallel, world_size, trained=False)
+    held += _state_bytes(teacher, of_teacher, world_size, trained=False)
     assert held < 56 * GIB, f"{held / GIB:.1f} GiB of weights and state a GPU leave too little of 80 GB"
 
 
