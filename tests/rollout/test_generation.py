@@ -11,7 +11,7 @@ import torch
 import transformers
 
 from megatron_taopd.rollout.megatron.prefill import FORWARD_COST, prefill_groups
-from megatron_taopd.rollout.megatron.products import logits_of
+from megatron_taopd.rollout.megatron.products import linear, logits_of
 from megatron_taopd.rollout.sampling import choose_tokens
 from megatron_taopd.testing import WorkerPool
 from megatron_taopd.testing.tiny_models import save_tiny_hf_model
@@ -125,7 +125,7 @@ def test_prompts_are_grouped_at_the_lowest_cost() -> None:
 
 
 @pytest.mark.parametrize("vocab", [1024, 509])
-def test_the_product_with_the_head_is_the_product(vocab: int) -> None:
+def test_products_of_few_rows_are_products(vocab: int) -> None:
     generator = torch.Generator().manual_seed(5)
     head = torch.randn(vocab, 48, generator=generator)
     for rows in (1, 3, 5, 64, 65):
@@ -133,6 +133,9 @@ def test_the_product_with_the_head_is_the_product(vocab: int) -> None:
         found = logits_of(hidden, head)
         assert found.is_contiguous()
         torch.testing.assert_close(found.double(), hidden.double() @ head.double().t(), atol=1e-4, rtol=1e-5)
+    for shape in ((0, 48), (3, 48), (2, 2, 48), (7, 1, 48)):
+        rows, bias = torch.randn(shape, generator=generator), torch.randn(vocab, generator=generator)
+        torch.testing.assert_close(linear(rows, head, bias), rows @ head.t() + bias, atol=1e-4, rtol=1e-5)
 
 
 @pytest.mark.parametrize("ranks", [2, 4])

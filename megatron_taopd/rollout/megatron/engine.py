@@ -7,6 +7,8 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
+
 from megatron_taopd.data.prompts import Prompt
 from megatron_taopd.data.records import Rollout
 from megatron_taopd.data.tokenizer import load_tokenizer
@@ -101,11 +103,11 @@ class MegatronEngine:
         by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i].tokens))
         size = self.config.rollout_batch_size or DEFAULT_BATCH_SIZE
         rollouts: dict[int, Rollout] = {}
-        with ready_for_inference(self.student.module):
+        with ready_for_inference(torch.nn.ModuleList(self.student.modules)):
             for start in range(0, len(by_length), size):
                 batch = by_length[start : start + size]
                 answers = generate(
-                    self.student.module,
+                    self.student.modules,
                     [prompts[i].tokens for i in batch],
                     [sample_offset + i for i in batch],
                     decoding,
@@ -114,7 +116,7 @@ class MegatronEngine:
                     rollouts[i] = self._rollout(prompts[i], sample_offset + i, answer)
                 if self.progress is not None:
                     self.progress(start + len(batch), len(prompts))
-            finish_together(self.student.module)
+            finish_together(self.student.modules)
         return join_shares(
             [rollouts[i] for i in range(len(prompts))],
             with_hidden=self.keep_hidden,

@@ -50,11 +50,12 @@ class Answer:
 
 
 def generate(
-    model: DistillationGPTModel, prompts: Sequence[list[int]], sample_index: Sequence[int], decoding: Decoding
+    modules: Sequence[DistillationGPTModel], prompts: Sequence[list[int]], sample_index: Sequence[int], decoding: Decoding
 ) -> list[Answer]:
     """One response a prompt, in order. All ranks of a replica call it and get the same.
 
     Args:
+        modules: this rank's part of the model.
         prompts: token ids; equal prompts are read once.
         sample_index: of each prompt, index in the global batch.
     """
@@ -64,11 +65,11 @@ def generate(
     longest = len(unique[-1])
     starts = torch.tensor([longest - len(prompt) for prompt in unique], device=device())
     cache = SampleCache(starts, longest)
-    wrapper = wrap_model(model, cache)
+    wrapper = wrap_model(modules, cache)
     hidden_UH = _read_prompts(wrapper, unique)
     # The last token that is sampled is not read any more.
     cache.expand(rows, longest + decoding.max_response_length - 1)
-    batch = _Batch(model, torch.tensor(list(sample_index), device=device()), decoding)
+    batch = _Batch(modules[-1], torch.tensor(list(sample_index), device=device()), decoding)
     hidden_BH = None if hidden_UH is None else hidden_UH[rows]
     while True:
         tokens_B, alive_B = batch.sample(hidden_BH)
@@ -78,7 +79,7 @@ def generate(
             kept_B = cache.keep(alive_B)
             tokens_B = tokens_B[kept_B]
             batch.keep(kept_B)
-        announce_forward(model.config)
+        announce_forward(modules[-1].config)
         hidden_BH = wrapper.forward_tokens(tokens_B[:, None], first_row=0, slot=cache.sequence_len_offset)
 
 

@@ -7,6 +7,8 @@ in one does not matter.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from megatron.core.transformer import TransformerConfig
 
@@ -31,13 +33,13 @@ def announce_forward(config: TransformerConfig) -> None:
         _any_busy(True)
 
 
-def finish_together(model: DistillationGPTModel) -> None:
+def finish_together(modules: Sequence[DistillationGPTModel]) -> None:
     """When this replica has no work left: read one token for nothing as often as another one has a forward to run."""
-    if not shares_experts(model.config):
+    if not shares_experts(modules[-1].config):
         return
     tokens_11 = torch.zeros(1, 1, dtype=torch.int64, device=device())
     while _any_busy(False):
-        wrapper = wrap_model(model, SampleCache(tokens_11[0], 1))
+        wrapper = wrap_model(modules, SampleCache(tokens_11[0], 1))
         wrapper.forward_tokens(tokens_11, first_row=0, slot=0)
 
 

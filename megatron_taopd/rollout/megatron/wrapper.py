@@ -1,15 +1,19 @@
-"""Megatron's inference wrapper around the student: one forward of the model through all pipeline stages."""
+"""Megatron's inference wrapper around the student: one forward of the model through all pipeline stages, virtual ones
+too."""
 
 from __future__ import annotations
 
 import importlib
+from collections.abc import Sequence
 from typing import Any
 
 import torch
+from megatron.core.inference.communication_utils import recv_from_prev_pipeline_rank_, send_to_next_pipeline_rank
 from megatron.core.inference.model_inference_wrappers.gpt.gpt_inference_wrapper import GPTInferenceWrapper
 
 from megatron_taopd.models import DistillationGPTModel
 from megatron_taopd.models.sample_cache import SampleCache
+from megatron_taopd.platform import distributed
 
 
 class ModelWrapper(GPTInferenceWrapper):
@@ -19,6 +23,8 @@ class ModelWrapper(GPTInferenceWrapper):
     """
 
     inference_context: SampleCache
+    chunks: Sequence[DistillationGPTModel] = ()
+    """The virtual stages, where there are any."""
 
     def _forward(self, inference_input: dict[str, Any]) -> torch.Tensor:
         with torch.inference_mode(False), torch.no_grad():
@@ -33,12 +39,38 @@ class ModelWrapper(GPTInferenceWrapper):
             "position_ids": None,  # the cache knows them
             "attention_mask": self.inference_context.attention_mask,
         }
-        hidden_1BH = self.run_one_forward_step(inference_input)
+        if self.chunks:
+            hidden_1BH = self._through_virtual_stages(inference_input, rows, length)
+        else:
+            hidden_1BH = self.run_one_forward_step(inference_input)
         return None if hidden_1BH is None else hidden_1BH[0]
 
 
-def wrap_model(model: DistillationGPTModel, cache: SampleCache) -> ModelWrapper:
-    """Megatron's inference wrapper; until 0.16 it asks for a configuration, later it reads the model's."""
+    def _through_virtual_stages(
+        self, inference_input: dict[str, Any], rows: int, length: int
+    ) -> torch.Tensor | None:
+        """What Megatron does for one stage, once for each virtual stage: they lie round and round over the ranks."""
+        output = None
+        for number, self.model in enumerate(self.chunks):
+            received = None
+            if not distributed.is_first_stage(number):
+                received = self._allocate_recv_buffer(rows, length)
+                recv_from_prev_pipeline_rank_(received, self.pp_group)
+            self.model.set_input_tensor(received)
+            output = self._forward(inference_input)
+            if not distributed.is_last_stage(number):
+                send_to_next_pipeline_rank(output.to(self.pipeline_communication_dtype), self.pp_group)
+        self.inference_context.increment_sequence_len_offset(length)
+        return output if distributed.is_last_stage() else None
+
+
+def wrap_model(modules: Sequence[DistillationGPTModel], cache: SampleCache) -> ModelWrapper:
+    """Megatron's inference wrapper; until 0.16 it asks for a configuration, later it reads the model's.
+
+    Args:
+        modules: this rank's part of the model.
+    """
+    model = modules[-1]
     module = "megatron.core.inference.model_inference_wrappers.inference_wrapper_config"
     try:
         wrapper_config = importlib.import_module(module).InferenceWrapperConfig
@@ -55,5 +87,6 @@ def wrap_model(model: DistillationGPTModel, cache: SampleCache) -> ModelWrapper:
             inference_max_seq_length=cache.max_sequence_length,
         )
         wrapper = ModelWrapper(model, config, cache)
+    wrapper.chunks = modules if len(modules) > 1 else ()
     wrapper.prep_model_for_inference()
     return wrapper
