@@ -128,6 +128,46 @@ CASES: dict[str, tuple[Callable[[Path], tuple[str, ...]], int, tuple[str, ...]]]
     "batch does not divide": (flags("--global-batch-size=7", "--micro-batch-size=2"), 1, ("7", "2")),
     "K above the vocabulary": (flags("--support-k=600"), 1, ("600", "509")),
     "fp8 without Transformer Engine": (flags("--fp8-format=e4m3"), 1, ("Transformer Engine",)),
+    "virtual stages without stages": (
+        flags("--num-virtual-stages-per-pipeline-rank=2"),
+        0,
+        ("--num-virtual-stages-per-pipeline-rank 2", "--pipeline-model-parallel-size 1", "no effect"),
+    ),
+    "virtual stages do not divide the layers": (
+        flags("--pipeline-model-parallel-size=2", "--num-virtual-stages-per-pipeline-rank=2"),
+        2,
+        ("--num-virtual-stages-per-pipeline-rank 2", "4", "2 layers", "student"),
+    ),
+    "virtual stages of unequal size": (
+        flags(
+            "--pipeline-model-parallel-size=2",
+            "--num-virtual-stages-per-pipeline-rank=2",
+            "--decoder-first-pipeline-num-layers=1",
+        ),
+        0,
+        ("--decoder-first-pipeline-num-layers", "--num-virtual-stages-per-pipeline-rank 2"),
+    ),
+    "too few micro-batches for virtual stages": (
+        flags("--pipeline-model-parallel-size=2", "--num-virtual-stages-per-pipeline-rank=2", "--global-batch-size=3"),
+        2,
+        ("--num-virtual-stages-per-pipeline-rank 2", "--global-batch-size 3", "multiple of 2"),
+    ),
+    "context ranks do not divide": (flags("--context-parallel-size=3"), 2, ("--context-parallel-size 3", "2 ranks")),
+    "packed length without packing": (
+        flags("--max-packed-length=64"),
+        0,
+        ("--max-packed-length 64", "--packed-sequences"),
+    ),
+    "two sizes of a packed micro-batch": (
+        flags("--packed-sequences", "--max-packed-length=64", "--micro-batch-size=2"),
+        0,
+        ("--micro-batch-size 2", "--max-packed-length 64"),
+    ),
+    "response too long to be packed": (
+        flags("--packed-sequences", "--max-packed-length=5"),
+        1,
+        ("--max-packed-length 5", "'r", "tokens"),
+    ),
     "engine without a server": (flags("--rollout-engine=openai"), 0, ("openai",)),
     "greedy without a distillation temperature": (
         flags("--temperature=0"),

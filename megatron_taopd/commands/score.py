@@ -57,7 +57,7 @@ def run_scoring(config: ScoreConfig) -> None:
     scored = score_in_groups(
         reader,
         micro_batches,
-        group_size=max(8, parallel.pipeline_model_parallel_size),
+        group_size=8 * parallel.pipeline_model_parallel_size,
         progress=_show_progress if distributed.rank() == distributed.world_size() - 1 else None,
     )
     table = None

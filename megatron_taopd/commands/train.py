@@ -34,7 +34,7 @@ def run_training(config: TrainConfig) -> None:
 
     batch, logging_config, checkpoint = config.batch, config.logging, config.checkpoint
     resolved = announce(config, "taopd train", save_to=logging_config.log_dir)
-    local_batch_size(batch.global_batch_size, batch.micro_batch_size)
+    local_batch_size(batch.global_batch_size, batch.micro_batch_size, config.parallel)
     pair = load_pair(
         config.models,
         config.parallel,
@@ -50,7 +50,7 @@ def run_training(config: TrainConfig) -> None:
         use_distributed_optimizer=config.optimization.use_distributed_optimizer,
         bf16=config.precision.bf16,
     )
-    optimizer = build_optimizer(config.optimization, [student], bf16=config.precision.bf16)
+    optimizer = build_optimizer(config.optimization, student, bf16=config.precision.bf16)
     scheduler = build_scheduler(
         config.optimization,
         optimizer,

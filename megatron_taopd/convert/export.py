@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +24,7 @@ Key = tuple[int | None, str]
 
 
 def export_hf(
-    module: DistillationGPTModel,
+    module: DistillationGPTModel | Sequence[DistillationGPTModel],
     hf: HFModelConfig,
     out_dir: str | Path,
     *,
@@ -37,7 +37,7 @@ def export_hf(
     written aside and renamed at the end: it is there whole or not at all.
 
     Args:
-        module: this rank's stage, unwrapped (not the DDP wrapper).
+        module: this rank's stage or its virtual stages, unwrapped (not the DDP wrapper).
         hf: what the module was built from.
         out_dir: directory to create; an earlier model there is replaced.
         source_dir: where tokenizer, chat template and generation config are copied from; default
@@ -51,10 +51,11 @@ def export_hf(
         ModelError: ``out_dir`` exists and is no HF directory, or writing failed; the same on every rank.
     """
     out_dir = Path(out_dir)
+    modules = [module] if isinstance(module, torch.nn.Module) else list(module)
     writer = HFWriter(out_dir, max_shard_bytes) if distributed.is_rank_zero() else None
     failure = _attempt(writer.begin) if writer else None
     _raise_together(failure)
-    for name, tensor in _whole_tensors(module, hf):
+    for name, tensor in _whole_tensors(modules, hf):
         # After a failure the tensors still have to be received, or their senders would wait for ever.
         if writer is not None and failure is None:
             failure = _attempt(writer.add, name, tensor)
@@ -81,11 +82,11 @@ def _raise_together(failure: str | None) -> None:
         raise ModelError(f"cannot export the model: {box[0]}")
 
 
-def _whole_tensors(module: DistillationGPTModel, hf: HFModelConfig) -> Iterator[tuple[str, torch.Tensor]]:
+def _whole_tensors(modules: Sequence[DistillationGPTModel], hf: HFModelConfig) -> Iterator[tuple[str, torch.Tensor]]:
     """On rank 0 every HF tensor in turn, whole, on the CPU; on other ranks nothing, but they take part."""
-    mine = _parameters(module, hf)
+    mine = _parameters(modules, hf)
     owners = _owners(list(mine))
-    dtype = next(module.parameters()).dtype
+    dtype = next(modules[0].parameters()).dtype
     for layer, rule in rules(hf):
         key = (layer, rule.megatron)
         owner = owners[key]
@@ -103,9 +104,11 @@ def _whole_tensors(module: DistillationGPTModel, hf: HFModelConfig) -> Iterator[
                 yield named(template, layer), tensor.cpu()
 
 
-def _parameters(module: DistillationGPTModel, hf: HFModelConfig) -> dict[Key, torch.Tensor]:
+def _parameters(modules: Sequence[DistillationGPTModel], hf: HFModelConfig) -> dict[Key, torch.Tensor]:
     return {
-        (layer, rule.megatron): parameter.detach() for _, parameter, layer, rule in parameters_with_rules(module, hf)
+        (layer, rule.megatron): parameter.detach()
+        for module in modules
+        for _, parameter, layer, rule in parameters_with_rules(module, hf)
     }
 
 

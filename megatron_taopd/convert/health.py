@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -77,6 +78,16 @@ def inspect(module: DistillationGPTModel, hf: HFModelConfig) -> WeightReport:
     return report
 
 
+def merged(reports: Iterable[WeightReport]) -> WeightReport:
+    """What several parts of a model together looked like."""
+    whole = WeightReport()
+    for report in reports:
+        whole.zero |= report.zero
+        whole.nonzero |= report.nonzero
+        whole.not_finite |= report.not_finite
+    return whole
+
+
 def refuse_unusable(where: str, report: WeightReport | None, error: ModelError | None = None) -> None:
     """Compare notes over all ranks and raise the same error everywhere if the weights are unusable.
 
@@ -98,11 +109,5 @@ def refuse_unusable(where: str, report: WeightReport | None, error: ModelError |
     failures = sorted({text for _, text in everyone if text is not None})
     if failures:
         raise ModelError(failures[0]) from error
-    merged = WeightReport()
-    for seen, _ in everyone:
-        if seen is not None:
-            merged.zero |= seen.zero
-            merged.nonzero |= seen.nonzero
-            merged.not_finite |= seen.not_finite
-    if problems := merged.problems():
+    if problems := merged(seen for seen, _ in everyone if seen is not None).problems():
         raise ModelError(f"the weights of {where} are unusable: {'; '.join(problems)}; download them again")

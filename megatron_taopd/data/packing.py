@@ -75,7 +75,7 @@ def pack_micro_batches(
     if lengths[longest] > capacity:
         raise DataError(
             f"--max-packed-length {max_length} has no room for {rollouts[longest].id!r}: prompt and response "
-            f"have {sequence_length(rollouts[longest])} tokens, with padding for the layout {lengths[longest]}; raise it"
+            f"have {sequence_length(rollouts[longest])} tokens ({lengths[longest]} padded for the layout); raise it"
         )
     bins = first_fit(lengths, capacity)
     used = max(sum(lengths[i] for i in indices) for indices in bins)

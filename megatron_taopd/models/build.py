@@ -24,11 +24,17 @@ logger = logging.getLogger(__name__)
 
 @dataclass(kw_only=True)
 class LoadedModel:
-    """A model of this rank: what it is, how Megatron sees it, and the module itself."""
+    """A model of this rank: what it is, how Megatron sees it, and the modules themselves."""
 
     hf: HFModelConfig
     config: TransformerConfig
-    module: DistillationGPTModel
+    modules: list[DistillationGPTModel]
+    """This rank's part: one module, or one a virtual pipeline stage."""
+
+    @property
+    def module(self) -> DistillationGPTModel:
+        """The last of them, which has the LM head on the last pipeline stage."""
+        return self.modules[-1]
 
 
 def pad_vocab_size(*vocab_sizes: int, tp: int, multiple: int = 128) -> int:
@@ -53,13 +59,15 @@ def build_model(
     pre_process: bool | None = None,
     post_process: bool | None = None,
     head: bool = True,
+    vp_stage: int | None = None,
 ) -> DistillationGPTModel:
-    """This rank's stage, on this machine's device, its weights not yet filled.
+    """This rank's stage or one of its virtual stages, on this machine's device, its weights not yet filled.
 
     Args:
         pre_process: has the embedding; default: on the first pipeline stage.
         post_process: has the final norm and the LM head; default: on the last.
         head: False leaves the LM head out.
+        vp_stage: which of the virtual stages; None: there is one.
 
     Raises:
         ConfigError: the padded vocabulary is too small or does not divide by the tensor-parallel size.
@@ -74,9 +82,10 @@ def build_model(
         config,
         hf,
         padded_vocab_size=padded_vocab_size,
-        pre_process=distributed.is_first_stage() if pre_process is None else pre_process,
-        post_process=distributed.is_last_stage() if post_process is None else post_process,
+        pre_process=distributed.is_first_stage(vp_stage) if pre_process is None else pre_process,
+        post_process=distributed.is_last_stage(vp_stage) if post_process is None else post_process,
         head=head,
+        vp_stage=vp_stage,
     )
     _mark_sharded_parameters(module)
     return module.to(device())
@@ -133,7 +142,7 @@ def load_model(
         ConfigError: the layout does not divide the model, or Megatron refuses the settings.
     """
     # Conversion is a room above this one.
-    from megatron_taopd.convert.health import inspect, refuse_unusable
+    from megatron_taopd.convert.health import inspect, merged, refuse_unusable
     from megatron_taopd.convert.load import load_hf_weights
 
     hf = load_hf_config(source)
@@ -145,25 +154,29 @@ def load_model(
             )
     config = build_transformer_config(hf, parallel, params_dtype=params_dtype, **(overrides or {}))
     padded = padded_vocab_size or pad_vocab_size(hf.vocab_size, tp=parallel.tensor_model_parallel_size)
-    module = build_model(hf, config, padded_vocab_size=padded, head=head)
+    virtual = config.virtual_pipeline_model_parallel_size
+    modules = [
+        build_model(hf, config, padded_vocab_size=padded, head=head, vp_stage=vp_stage)
+        for vp_stage in ([None] if virtual is None else range(virtual))
+    ]
     logger.info("loading %s (%s, %d layers)", source, hf.family, hf.num_layers)
     report, error = None, None
     if is_megatron_checkpoint(source):
         from megatron_taopd.checkpoint import load_model_weights
 
-        load_model_weights(source, module)
-        report = inspect(module, hf)
+        load_model_weights(source, modules)
+        report = merged([inspect(module, hf) for module in modules])
     else:
         try:
-            report = load_hf_weights(module, hf)
+            report = merged([load_hf_weights(module, hf) for module in modules])
         except ModelError as failure:
             error = failure
     refuse_unusable(str(source), report, error)
-    if trainable:
-        module.train()
-    else:
-        module.eval().requires_grad_(False)
-    return LoadedModel(hf=hf, config=config, module=module)
+    for module in modules:
+        module.train(trainable)
+        if not trainable:
+            module.requires_grad_(False)
+    return LoadedModel(hf=hf, config=config, modules=modules)
 
 
 def load_head(source: str | Path, *, params_dtype: torch.dtype, padded_vocab_size: int) -> torch.Tensor | None:

@@ -63,6 +63,10 @@ def build_transformer_config(
         bf16=params_dtype == torch.bfloat16,
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=parallel.num_virtual_stages_per_pipeline_rank,
+        # As in Megatron's own training script: between two ranks, batched messages of virtual stages would be mixed up.
+        overlap_p2p_comm=parallel.num_virtual_stages_per_pipeline_rank is not None,
+        batch_p2p_comm=parallel.num_virtual_stages_per_pipeline_rank is None,
         context_parallel_size=parallel.context_parallel_size,
         num_layers_in_first_pipeline_stage=parallel.decoder_first_pipeline_num_layers,
         num_layers_in_last_pipeline_stage=parallel.decoder_last_pipeline_num_layers,
@@ -180,6 +184,13 @@ def _check_stages(hf: HFModelConfig, parallel: ParallelConfig) -> None:
             )
         return
     stages_flag = parallel.flag("pipeline_model_parallel_size")
+    virtual = parallel.num_virtual_stages_per_pipeline_rank
+    if virtual is not None and layers % (stages * virtual):
+        raise ConfigError(
+            f"--pipeline-model-parallel-size {stages} x --num-virtual-stages-per-pipeline-rank {virtual} = "
+            f"{stages * virtual} does not divide the {layers} layers of {hf.path}; products that divide {layers}: "
+            f"{_divisors(layers)}"
+        )
     counted = parallel.account_for_embedding_in_pipeline_split + parallel.account_for_loss_in_pipeline_split
     if (layers + counted) % stages:
         with_extra = f", with {counted} counted for embedding or loss," if counted else ""

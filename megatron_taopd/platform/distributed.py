@@ -84,6 +84,7 @@ def lay_out(config: ParallelConfig) -> None:
     _parallel_state().initialize_model_parallel(
         tensor_model_parallel_size=config.tensor_model_parallel_size,
         pipeline_model_parallel_size=config.pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=config.num_virtual_stages_per_pipeline_rank,
         context_parallel_size=config.context_parallel_size,
         expert_model_parallel_size=config.expert_model_parallel_size,
         expert_tensor_parallel_size=config.expert_tensor_parallel_size,
@@ -263,14 +264,14 @@ def model_parallel_group() -> dist.ProcessGroup:
     return _parallel_state().get_model_parallel_group()
 
 
-def is_first_stage() -> bool:
-    """Whether this rank embeds the tokens."""
-    return _parallel_state().is_pipeline_first_stage()
+def is_first_stage(vp_stage: int | None = None) -> bool:
+    """Whether this rank, or one of its virtual stages, embeds the tokens."""
+    return _parallel_state().is_pipeline_first_stage(ignore_virtual=vp_stage is None, vp_stage=vp_stage)
 
 
-def is_last_stage() -> bool:
-    """Whether this rank ends in hidden states and holds an LM head."""
-    return _parallel_state().is_pipeline_last_stage()
+def is_last_stage(vp_stage: int | None = None) -> bool:
+    """Whether this rank, or one of its virtual stages, ends in hidden states and holds an LM head."""
+    return _parallel_state().is_pipeline_last_stage(ignore_virtual=vp_stage is None, vp_stage=vp_stage)
 
 
 def tell_from_last_stage(value: Any) -> Any:

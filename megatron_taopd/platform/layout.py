@@ -13,6 +13,7 @@ _SIZES = (
     "context_parallel_size",
     "expert_model_parallel_size",
     "expert_tensor_parallel_size",
+    "num_virtual_stages_per_pipeline_rank",
     "decoder_first_pipeline_num_layers",
     "decoder_last_pipeline_num_layers",
     "distributed_timeout_minutes",
@@ -41,6 +42,9 @@ class ParallelConfig:
     """Ranks that share each layer: heads, ffn and vocabulary are split over them."""
     pipeline_model_parallel_size: int = 1
     """Stages that the layers are dealt to, in order."""
+    num_virtual_stages_per_pipeline_rank: int | None = None
+    """Pieces of each model that every stage holds, dealt round and round: shorter bubbles for more messages (default:
+    one piece)."""
     decoder_first_pipeline_num_layers: int | None = None
     """Layers of the first stage, of both models (default: an even share)."""
     decoder_last_pipeline_num_layers: int | None = None
@@ -73,9 +77,25 @@ class ParallelConfig:
         uneven = [self.flag(name) for name in _UNEVEN_SPLITS if getattr(self, name)]
         if uneven and self.pipeline_model_parallel_size == 1:
             raise ConfigError(f"{uneven[0]} has no effect with --pipeline-model-parallel-size 1; drop it")
+        self._check_virtual_stages(uneven)
         counted = [flag for flag in uneven if flag.startswith("--account")]
         if counted and len(counted) < len(uneven):
             raise ConfigError(f"{uneven[0]} and {counted[0]} are two ways to split the layers; keep one of them")
+
+    def _check_virtual_stages(self, uneven: list[str]) -> None:
+        virtual = self.num_virtual_stages_per_pipeline_rank
+        if virtual is None:
+            return
+        if virtual == 1 or self.pipeline_model_parallel_size == 1:
+            raise ConfigError(
+                f"--num-virtual-stages-per-pipeline-rank {virtual} has no effect with --pipeline-model-parallel-size "
+                f"{self.pipeline_model_parallel_size}: both must be at least 2; drop it"
+            )
+        if uneven:
+            raise ConfigError(
+                f"{uneven[0]} and --num-virtual-stages-per-pipeline-rank {virtual} cannot be combined in this version: "
+                "virtual stages have equally many layers; drop one of them"
+            )
 
     @property
     def model_parallel_size(self) -> int:

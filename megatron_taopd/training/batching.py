@@ -23,8 +23,8 @@ def replica_micro_batches(
 ) -> list[MicroBatch]:
     """This rank's part of its replica's responses, padded or packed; all ranks call it together.
 
-    Replicas that share experts get the same number of micro-batches: those beyond their responses are padding without
-    rows.
+    Replicas that share experts get the same number of micro-batches, and virtual pipeline stages a multiple of the
+    stages: those beyond the responses are padding without rows.
 
     Args:
         micro_batch_size: responses a micro-batch; with packing a micro-batch has as many tokens as so many of the
@@ -52,4 +52,7 @@ def replica_micro_batches(
     wanted = len(micro_batches)
     if parallel.shares_experts:
         wanted = distributed.most_of_replicas(wanted)
+    if parallel.num_virtual_stages_per_pipeline_rank is not None:
+        stages = parallel.pipeline_model_parallel_size
+        wanted = -(-wanted // stages) * stages
     return micro_batches + [padding_like(micro_batches[0]) for _ in range(wanted - len(micro_batches))]

@@ -51,15 +51,40 @@ def pick_rows(hidden_SBH: torch.Tensor, row_index_R: torch.Tensor, config: Trans
     )
 
 
+def run_schedule(
+    forward_step: Callable[..., Any],
+    modules: Sequence[torch.nn.Module],
+    micro_batches: Sequence[Any],
+    first: MicroBatch,
+    **options: Any,
+) -> list[Any]:
+    """Megatron's schedule for this layout over micro-batches, all shaped like ``first``.
+
+    Args:
+        modules: this rank's part of a model; each virtual stage reads all micro-batches.
+    """
+    virtual = len(modules) > 1
+    iterators = [iter(micro_batches) for _ in modules]
+    return get_forward_backward_func()(
+        forward_step_func=forward_step,
+        data_iterator=iterators if virtual else iterators[0],
+        model=list(modules) if virtual else modules[0],
+        num_microbatches=len(micro_batches),
+        seq_length=first.length,
+        micro_batch_size=first.tokens_BS.shape[0],
+        **options,
+    )
+
+
 def forward_hidden(
-    module: torch.nn.Module,
+    modules: Sequence[torch.nn.Module],
     micro_batches: Sequence[MicroBatch],
     consume: Callable[[MicroBatch, torch.Tensor], Result],
 ) -> list[Result]:
     """Run every micro-batch through all pipeline stages and hand each one's final hidden states to ``consume``.
 
     Args:
-        module: the model of this rank; its last stage answers hidden states [S (/TP under SP), B, H].
+        modules: this rank's part of a model; the last stage answers hidden states [S (/TP under SP), B, H].
         micro_batches: this replica's micro-batches, all of one shape.
         consume: called on the last stage as each micro-batch arrives; it keeps what it needs, so that hidden
             states of one micro-batch are held at a time.
@@ -76,13 +101,6 @@ def forward_hidden(
         return call_model(model, micro_batch), partial(finish, micro_batch)
 
     with torch.no_grad():
-        return get_forward_backward_func()(
-            forward_step_func=forward_step,
-            data_iterator=iter(micro_batches),
-            model=module,
-            num_microbatches=len(micro_batches),
-            seq_length=micro_batches[0].length,
-            micro_batch_size=micro_batches[0].tokens_BS.shape[0],
-            forward_only=True,
-            collect_non_loss_data=True,
+        return run_schedule(
+            forward_step, modules, micro_batches, micro_batches[0], forward_only=True, collect_non_loss_data=True
         )

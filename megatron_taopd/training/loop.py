@@ -15,15 +15,16 @@ from megatron.core.distributed import (
 )
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
-from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from megatron_taopd.config import TrainConfig
 from megatron_taopd.data.batches import MicroBatch
 from megatron_taopd.data.records import Rollout
 from megatron_taopd.errors import ConfigError
 from megatron_taopd.platform import distributed
+from megatron_taopd.platform.layout import ParallelConfig
 from megatron_taopd.training.batching import replica_micro_batches
 from megatron_taopd.training.carried import CarriedScope
+from megatron_taopd.training.forward import run_schedule
 from megatron_taopd.training.hooks.base import Hook
 from megatron_taopd.training.metrics import step_metrics
 from megatron_taopd.training.pair import ModelPair
@@ -44,11 +45,12 @@ class TrainState:
     """What ``--selection-scope carried`` knows of earlier steps, as it was when the run started or resumed."""
 
 
-def local_batch_size(global_batch_size: int, micro_batch_size: int) -> int:
+def local_batch_size(global_batch_size: int, micro_batch_size: int, parallel: ParallelConfig) -> int:
     """Responses a step on this data-parallel rank.
 
     Raises:
-        ConfigError: the batch does not divide over the replicas and micro-batches.
+        ConfigError: the batch does not divide over the replicas and micro-batches, or virtual stages cannot deal the
+            micro-batches.
     """
     replicas = distributed.data_parallel_size()
     if global_batch_size % (replicas * micro_batch_size):
@@ -56,20 +58,32 @@ def local_batch_size(global_batch_size: int, micro_batch_size: int) -> int:
             f"--global-batch-size {global_batch_size} must be a multiple of --micro-batch-size {micro_batch_size} x "
             f"{replicas} data-parallel replicas = {replicas * micro_batch_size}"
         )
-    return global_batch_size // replicas
+    local = global_batch_size // replicas
+    virtual, stages = parallel.num_virtual_stages_per_pipeline_rank, parallel.pipeline_model_parallel_size
+    if virtual is not None and local // micro_batch_size % stages:
+        raise ConfigError(
+            f"--num-virtual-stages-per-pipeline-rank {virtual} wants a multiple of --pipeline-model-parallel-size "
+            f"{stages} micro-batches, and --global-batch-size {global_batch_size} gives each of {replicas} replicas "
+            f"{local // micro_batch_size} of --micro-batch-size {micro_batch_size}; make it a multiple of "
+            f"{replicas * micro_batch_size * stages}"
+        )
+    return local
 
 
-def wrap_student(pair: ModelPair, *, use_distributed_optimizer: bool, bf16: bool) -> DistributedDataParallel:
-    """Megatron's DDP around the student: gradients accumulate in contiguous buffers."""
-    return DistributedDataParallel(
-        config=pair.student.config,
-        ddp_config=DistributedDataParallelConfig(
-            grad_reduce_in_fp32=bf16,
-            use_distributed_optimizer=use_distributed_optimizer,
-            check_for_nan_in_grad=True,
-        ),
-        module=pair.student.module,
-    )
+def wrap_student(pair: ModelPair, *, use_distributed_optimizer: bool, bf16: bool) -> list[DistributedDataParallel]:
+    """Megatron's DDP around the student (each virtual stage): gradients accumulate in contiguous buffers."""
+    return [
+        DistributedDataParallel(
+            config=pair.student.config,
+            ddp_config=DistributedDataParallelConfig(
+                grad_reduce_in_fp32=bf16,
+                use_distributed_optimizer=use_distributed_optimizer,
+                check_for_nan_in_grad=True,
+            ),
+            module=module,
+        )
+        for module in pair.student.modules
+    ]
 
 
 class Trainer:
@@ -80,7 +94,7 @@ class Trainer:
         config: TrainConfig,
         *,
         pair: ModelPair,
-        student: DistributedDataParallel,
+        student: Sequence[DistributedDataParallel],
         optimizer: MegatronOptimizer,
         scheduler: OptimizerParamScheduler,
         source: ResponseSource,
@@ -96,7 +110,9 @@ class Trainer:
         self.hooks = list(hooks)
         self.state = state or TrainState()
         self.temperature = config.scoring.resolve_temperature(config.rollout.temperature)
-        self.local_batch_size = local_batch_size(config.batch.global_batch_size, config.batch.micro_batch_size)
+        self.local_batch_size = local_batch_size(
+            config.batch.global_batch_size, config.batch.micro_batch_size, config.parallel
+        )
         self.forward_step = DistillationForwardStep(
             pair=pair,
             loss=config.loss,
@@ -139,17 +155,10 @@ class Trainer:
         batches = self.scope.before(micro_batches, step=step_number)
         scored_at = time.perf_counter()
 
-        self.student.zero_grad_buffer()
+        for chunk in self.student:
+            chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
-        reports = get_forward_backward_func()(
-            forward_step_func=self.forward_step,
-            data_iterator=iter(batches),
-            model=self.student,
-            num_microbatches=len(batches),
-            seq_length=micro_batches[0].length,
-            micro_batch_size=micro_batches[0].tokens_BS.shape[0],
-            forward_only=False,
-        )
+        reports = run_schedule(self.forward_step, self.student, batches, micro_batches[0], forward_only=False)
         updated, grad_norm, _ = self.optimizer.step()
         learning_rate = self.optimizer.param_groups[0]["lr"]
         if updated:

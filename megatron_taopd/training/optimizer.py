@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
@@ -13,7 +14,7 @@ from megatron_taopd.run_config import OptimizationConfig
 
 
 def build_optimizer(
-    config: OptimizationConfig, model_chunks: list[torch.nn.Module], *, bf16: bool
+    config: OptimizationConfig, model_chunks: Sequence[torch.nn.Module], *, bf16: bool
 ) -> MegatronOptimizer:
     """Megatron's optimizer over DDP-wrapped chunks; with ``bf16`` it keeps fp32 main weights."""
     return get_megatron_optimizer(
@@ -32,7 +33,7 @@ def build_optimizer(
             params_dtype=torch.bfloat16 if bf16 else torch.float32,
             use_distributed_optimizer=config.use_distributed_optimizer,
         ),
-        model_chunks,
+        list(model_chunks),
     )
 
 

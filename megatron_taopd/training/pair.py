@@ -173,7 +173,8 @@ def _load_teacher(
         head_weight = load_head(source, params_dtype=params_dtype, padded_vocab_size=padded_vocab_size)
     offloaded = None
     if offload:
-        offloaded = OffloadedWeights(model.module, device=device(), stay=[] if head_weight is None else [head_weight])
+        modules = torch.nn.ModuleList(model.modules)
+        offloaded = OffloadedWeights(modules, device=device(), stay=[] if head_weight is None else [head_weight])
         logger.info("teacher: %.2f GiB of weights a rank wait in host memory", offloaded.num_bytes / 2**30)
     return Teacher(
         model=model,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 
 from megatron.core.distributed import DistributedDataParallel
@@ -18,7 +19,7 @@ logger = logging.getLogger(__name__)
 def resume(
     directory: str,
     *,
-    student: DistributedDataParallel,
+    student: Sequence[DistributedDataParallel],
     optimizer: MegatronOptimizer,
     scheduler: OptimizerParamScheduler,
     may_be_empty: bool,
@@ -34,7 +35,7 @@ def resume(
     if may_be_empty and read_latest_iteration(Path(directory)) is None:
         logger.info("no checkpoint in %s yet: starting a new run", directory)
         return TrainState()
-    loaded = load_checkpoint(directory, module=[student], optimizer=optimizer, scheduler=scheduler)
+    loaded = load_checkpoint(directory, module=student, optimizer=optimizer, scheduler=scheduler)
     logger.info("resumed from iteration %d of %s", loaded.iteration, directory)
     return TrainState(
         iteration=loaded.extra_state["iteration"],

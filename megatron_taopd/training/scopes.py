@@ -50,7 +50,9 @@ class SelectionScope(Protocol):
 class GlobalScope:
     """Both models read the batch, then quantiles and budget are taken over all of it."""
 
-    def __init__(self, config: TrainConfig, pair: ModelPair, student: torch.nn.Module, *, temperature: float) -> None:
+    def __init__(
+        self, config: TrainConfig, pair: ModelPair, student: Sequence[torch.nn.Module], *, temperature: float
+    ) -> None:
         self.config = config
         self.pair = pair
         self.student = student

@@ -100,7 +100,7 @@ def read_teacher(pair: ModelPair, micro_batches: Sequence[MicroBatch], *, on_hos
 
 def score_micro_batches(
     reader: RowReader,
-    student_module: torch.nn.Module,
+    student_modules: Sequence[torch.nn.Module],
     micro_batches: Sequence[MicroBatch],
     teacher_rows: Sequence[HeldRows],
 ) -> list[TokenStatistics]:
@@ -113,7 +113,7 @@ def score_micro_batches(
         student_RH = pick_rows(hidden_SBH, micro_batch.row_index_R, reader.pair.student.config)
         return reader(micro_batch, student_RH, next(teacher).read())
 
-    return forward_hidden(student_module, micro_batches, partial(score, iter(teacher_rows)))
+    return forward_hidden(student_modules, micro_batches, partial(score, iter(teacher_rows)))
 
 
 def score_from_rollout(
@@ -148,7 +148,7 @@ def score_in_groups(
         group = micro_batches[start : start + group_size]
         teacher_rows = read_teacher(reader.pair, group)
         if group:
-            parts += score_micro_batches(reader, reader.pair.student.module, group, teacher_rows)
+            parts += score_micro_batches(reader, reader.pair.student.modules, group, teacher_rows)
         if progress is not None:
             progress(start + len(group), len(micro_batches))
     return collect_rows(micro_batches, parts)

@@ -55,7 +55,7 @@ class Teacher:
         if not micro_batches:
             return []
         with self.on_device():
-            return forward_hidden(self.model.module, micro_batches, hold)
+            return forward_hidden(self.model.modules, micro_batches, hold)
 
     def _pick(self, micro_batch: MicroBatch, hidden_SBH: torch.Tensor) -> torch.Tensor:
         return pick_rows(hidden_SBH, micro_batch.row_index_R, self.model.config)
@@ -91,7 +91,7 @@ class Teacher:
             length_multiple=parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1,
             at_least=most if shares_experts(self.model, parallel) else 0,
         )
-        rows = forward_hidden(self.model.module, batches, self._pick) if batches else []
+        rows = forward_hidden(self.model.modules, batches, self._pick) if batches else []
         return dict(zip(numbers, rows, strict=False))
 
 

@@ -8,7 +8,9 @@ import pytest
 import torch
 
 from megatron_taopd.data.batches import make_micro_batches
+from megatron_taopd.data.packing import first_fit, pack_micro_batches, padding_like
 from megatron_taopd.data.records import Rollout
+from megatron_taopd.errors import DataError
 
 CPU = torch.device("cpu")
 
@@ -73,3 +75,61 @@ def test_micro_batches_beyond_the_responses_are_padding() -> None:
     assert second.tokens_BS.tolist() == third.tokens_BS.tolist() == [[0, 0, 0]] * 2
     assert (first.row_index_R.numel(), second.row_index_R.numel()) == (3, 0)
     assert second.sample_index_R.numel() == second.position_R.numel() == second.token_ids_R.numel() == 0
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("context_size", [1, 2, 3])
+def test_every_row_is_on_the_rank_that_computes_its_hidden_state(context_size: int, packed: bool) -> None:
+    """Over the context-parallel ranks together each response token is predicted once, at its own position."""
+    rng = random.Random(1)
+
+    def ids(longest: int) -> list[int]:
+        return [rng.randrange(1, 500) for _ in range(rng.randrange(1, longest))]
+
+    rollouts = [rollout(ids(9), ids(20)) for _ in range(9)]
+    seen: list[tuple[int, int]] = []
+    for rank in range(context_size):
+        layout = {"context_rank": rank, "context_size": context_size, "length_multiple": 2}
+        if packed:
+            batches = pack_micro_batches(rollouts, max_length=64, sample_offset=3, device=CPU, **layout)
+        else:
+            batches = make_micro_batches(rollouts, micro_batch_size=4, sample_offset=3, device=CPU, **layout)
+        assert len({batch.tokens_BS.shape for batch in batches}) == 1
+        for batch in batches:
+            lanes, length = batch.tokens_BS.shape
+            assert length % 2 == 0 and batch.length == length * context_size and batch.length <= 64
+            tokens_SB, positions_SB = batch.tokens_BS.t().reshape(-1), batch.position_ids_BS.t().reshape(-1)
+            columns = (batch.row_index_R, batch.token_ids_R, batch.sample_index_R, batch.position_R)
+            for row, token, sample, position in zip(*(column.tolist() for column in columns), strict=True):
+                source = rollouts[sample - 3]
+                sequence = source.prompt_tokens + source.response_tokens
+                at = len(source.prompt_tokens) - 1 + position
+                assert positions_SB[row] == at and tokens_SB[row] == sequence[at] and token == sequence[at + 1]
+                seen.append((sample, position))
+            if packed:
+                assert lanes == 1 and batch.packed_ends is not None
+                ends = batch.packed_ends.tolist()
+                assert ends[0] == 0 and ends[-1] == batch.length and ends == sorted(set(ends))
+                # Positions begin anew at every end: so do those of this rank's part.
+                starts = [start // context_size for start in ends[:-1]]
+                chunk = [end - start for start, end in zip(ends, ends[1:], strict=False)]
+                first = [rank * (size // (2 * context_size)) if context_size > 1 else 0 for size in chunk]
+                assert [int(batch.position_ids_BS[0, start]) for start in starts[:-1]] == first[:-1]
+    everything = [(3 + i, p) for i, r in enumerate(rollouts) for p in range(len(r.response_tokens))]
+    assert sorted(seen) == everything
+
+
+def test_packing_by_hand() -> None:
+    assert first_fit([5, 9, 3, 4, 1], 9) == [[0, 3], [1], [2, 4]]
+    rollouts = [rollout([11, 12], [13], [-1.0]), rollout([21], [22], [-2.0]), rollout([31], [32, 33, 34], [-3.0] * 3)]
+    first, second = pack_micro_batches(rollouts, max_length=6, sample_offset=0, device=CPU)
+    assert first.tokens_BS.tolist() == [[11, 12, 13, 0, 0, 0]] and first.packed_ends.tolist() == [0, 3, 6]
+    assert second.tokens_BS.tolist() == [[21, 22, 31, 32, 33, 34]] and second.packed_ends.tolist() == [0, 2, 6]
+    assert second.row_index_R.tolist() == [0, 2, 3, 4] and second.sample_index_R.tolist() == [1, 2, 2, 2]
+    assert second.position_R.tolist() == [0, 0, 1, 2]
+    assert second.rollout_logprobs_R.tolist() == [-2.0, -3.0, -3.0, -3.0]
+    extra = padding_like(first)
+    assert extra.tokens_BS.shape == first.tokens_BS.shape and extra.row_index_R.numel() == 0
+    assert extra.packed_ends.tolist() == [0, 6]
+    with pytest.raises(DataError, match="--max-packed-length 3 .*'x'.* 4 tokens"):
+        pack_micro_batches(rollouts, max_length=3, sample_offset=0, device=CPU)

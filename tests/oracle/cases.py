@@ -10,7 +10,7 @@ from pathlib import Path
 from megatron_taopd.testing.tiny_models import save_tiny_hf_model
 
 STUDENT_VOCAB, TEACHER_VOCAB = 509, 523
-FAMILIES = ("qwen3", "qwen2", "llama", "qwen3_moe", "llama-threes")
+FAMILIES = ("qwen3", "qwen2", "llama", "qwen3_moe", "llama-threes", "qwen3-deep")
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,10 @@ class Layout:
 
     def suits(self, family: str, *, training: bool) -> bool:
         """Experts are shared by models that have some, and trained with sequence parallelism only; three ranks want
-        heads in threes."""
+        heads in threes, virtual stages a deep student."""
+        virtual = "--num-virtual-stages-per-pipeline-rank" in self.flags
+        if virtual or "deep" in family:
+            return "deep" in family and (virtual or self.name == "TP1")
         if self.world_size == 3 or "threes" in family:
             return self.world_size in (1, 3) and "threes" in family
         if not family.startswith("qwen3_moe"):
@@ -53,6 +56,11 @@ LAYOUTS = (
         4,
         ("--context-parallel-size", "2", "--tensor-model-parallel-size", "2", "--sequence-parallel"),
     ),
+    Layout(
+        "PP2VPP2",
+        2,
+        ("--pipeline-model-parallel-size", "2", "--num-virtual-stages-per-pipeline-rank", "2"),
+    ),
     Layout("packed", 1, ("--packed-sequences", "--max-packed-length=40")),
     Layout("CP2packed", 2, ("--context-parallel-size", "2", "--packed-sequences")),
     Layout(
@@ -69,13 +77,14 @@ LAYOUTS = (
 def make_pair(directory: Path, family: str, *, tied_student: bool = False, tied_teacher: bool = True) -> None:
     """A student and a teacher of other width, depth and vocabulary in ``directory``."""
     kv_heads = 3 if family.endswith("-threes") else 4
-    family = family.removesuffix("-threes")
+    num_layers = 4 if family.endswith("-deep") else 2
+    family = family.removesuffix("-threes").removesuffix("-deep")
     save_tiny_hf_model(
         directory / "student",
         family,
         vocab_size=STUDENT_VOCAB,
         hidden_size=8 * kv_heads,
-        num_layers=2,
+        num_layers=num_layers,
         num_heads=kv_heads,
         num_kv_heads=kv_heads,
         ffn_size=16 * kv_heads,

@@ -31,6 +31,7 @@ CASES: dict[str, tuple[str, str | None, float | None, str]] = {
     "topk-forward-teacher": ("topk_forward_kl", "teacher", None, "llama-tied"),
     "reverse-experts": ("reverse_kl", None, None, "qwen3_moe-untied"),
     "reverse-threes": ("reverse_kl", None, None, "llama-threes"),
+    "reverse-deep": ("reverse_kl", None, None, "qwen3-deep-tied"),
     "sampled-experts": ("sampled_reverse_kl", None, None, "qwen3_moe-untied"),
 }
 PAIRS = {
@@ -39,6 +40,7 @@ PAIRS = {
     "qwen2-tied": True,
     "llama-tied": True,
     "llama-threes": True,
+    "qwen3-deep-tied": True,
     "qwen3_moe-untied": False,
 }
 

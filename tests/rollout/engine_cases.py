@@ -30,6 +30,12 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
         {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2, "sequence_parallel": True},
     ),
 }
+# Here the answers alone are compared, not the training in between.
+GENERATION_LAYOUTS = LAYOUTS | {
+    "CP2": (2, {"context_parallel_size": 2}),
+    "CP2TP2SP": (4, {"context_parallel_size": 2, "tensor_model_parallel_size": 2, "sequence_parallel": True}),
+    "PP2VPP2": (2, {"pipeline_model_parallel_size": 2, "num_virtual_stages_per_pipeline_rank": 2}),
+}
 MAX_RESPONSE = 10
 PROMPTS = (
     [7],
@@ -54,11 +60,11 @@ COMMON_VOCAB = 300
 
 
 def load(path: str, layout: str) -> LoadedModel:
-    distributed.initialize(ParallelConfig(**LAYOUTS[layout][1]), seed=1)
+    distributed.initialize(ParallelConfig(**GENERATION_LAYOUTS[layout][1]), seed=1)
     # Rows of padding have zero weights, hence the logit 0: likely enough to be sampled if nothing forbids it.
     return load_model(
         path,
-        ParallelConfig(**LAYOUTS[layout][1]),
+        ParallelConfig(**GENERATION_LAYOUTS[layout][1]),
         params_dtype=torch.float32,
         padded_vocab_size=1024,
         trainable=True,

@@ -16,7 +16,7 @@ from megatron_taopd.testing import WorkerPool
 from megatron_taopd.testing.tiny_models import save_tiny_hf_model
 from tests.data.tokenizers_for_tests import SPECIAL, save_word_tokenizer
 from tests.rollout import engine_cases as cases
-from tests.rollout.engine_cases import LAYOUTS, MAX_RESPONSE, PROMPTS, RUNS
+from tests.rollout.engine_cases import GENERATION_LAYOUTS, LAYOUTS, MAX_RESPONSE, PROMPTS, RUNS
 
 Pool = Callable[[int], WorkerPool]
 VOCAB = 509
@@ -122,7 +122,7 @@ def test_what_the_samples_depend_on(at_one_rank: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize(
     ("layout", "name"),
-    [(layout, "qwen3") for layout in LAYOUTS if layout != "TP1"] + [("TP2PP2SP", "llama-tied")],
+    [(layout, "qwen3") for layout in GENERATION_LAYOUTS if layout != "TP1"] + [("TP2PP2SP", "llama-tied")],
 )
 def test_layouts_agree(
     students: dict[str, tuple[str, list[int]]],
@@ -132,7 +132,7 @@ def test_layouts_agree(
     name: str,
 ) -> None:
     path, _ = students[name]
-    answers = merged(pool(LAYOUTS[layout][0]).run(cases.generation_case, path, layout))
+    answers = merged(pool(GENERATION_LAYOUTS[layout][0]).run(cases.generation_case, path, layout))
     for run, wanted in at_one_rank[name].items():
         assert tokens(answers[run]) == tokens(wanted), run
         for ours, theirs in zip(answers[run], wanted, strict=True):

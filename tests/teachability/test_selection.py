@@ -143,15 +143,24 @@ CONFIGS = [
 ]
 
 
-def select_spread(batch, configs: list[SelectionConfig], seed: int) -> list[tuple[torch.Tensor, Selection]]:
-    """Selection of this rank's responses under a spread drawn from the seed, rows in shuffled order."""
+def select_spread(
+    batch, configs: list[SelectionConfig], seed: int, row_by_row: bool = False
+) -> list[tuple[torch.Tensor, Selection]]:
+    """Selection of this rank's responses under a spread drawn from the seed, rows in shuffled order.
+
+    Args:
+        row_by_row: responses are torn: each row has an owner of its own, and the last rank has none.
+    """
     stats, samples, positions = batch
     group = torch.distributed.group.WORLD if torch.distributed.is_initialized() else None
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(samples), generator=generator)
     if group is not None and group.size() > 1:
-        owner = torch.randint(0, group.size(), (int(samples.max()) + 1,), generator=generator)
-        order = order[owner[samples[order]] == group.rank()]
+        if row_by_row:
+            owner = torch.randint(0, group.size() - 1, (len(samples),), generator=generator)[order]
+        else:
+            owner = torch.randint(0, group.size(), (int(samples.max()) + 1,), generator=generator)[samples[order]]
+        order = order[owner == group.rank()]
     return [
         (
             order,
@@ -161,6 +170,7 @@ def select_spread(batch, configs: list[SelectionConfig], seed: int) -> list[tupl
                 position_R=positions[order],
                 config=config,
                 group=group,
+                sample_group=group if row_by_row else None,
                 seed=11,
                 step=4,
             ),
@@ -192,6 +202,17 @@ def test_every_selector_equals_the_reference_under_any_spread(
         assert summary["num_kept"] == sum(want)
         assert summary["num_valid"] == len(want)
         assert all(s.summary == summary for _, s in per_rank)
+
+
+def test_responses_may_be_torn(pool: Callable[[int], WorkerPool]) -> None:
+    """As under context parallelism: the positions that every response keeps at least are found over the ranks."""
+    batch = random_batch(ties=True)
+    samples, positions = batch[1].tolist(), batch[2].tolist()
+    configs = [SelectionConfig(keep_ratio=0.02, min_keep_per_sample=minimum) for minimum in (0, 1, 2, 5)]
+    answers = pool(4).run(select_spread, batch, configs, 3, True)
+    for index, config in enumerate(configs):
+        keep = joined([answer[index] for answer in answers], "keep").tolist()
+        assert keep == reference_keep(batch[0], samples, positions, config), config
 
 
 @pytest.mark.parametrize("ranks", [2, 3])

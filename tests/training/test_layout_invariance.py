@@ -20,6 +20,13 @@ CUTS: dict[str, tuple[int, int, tuple[str, ...]]] = {
     "dp2-mbs4-distopt": (2, 4, ("--use-distributed-optimizer",)),
     "dp4-mbs1": (4, 1, ()),
     "tp2-dp2-sp": (4, 2, ("--tensor-model-parallel-size", "2", "--sequence-parallel")),
+    "cp2": (2, 4, ("--context-parallel-size", "2")),
+    "cp2-dp2-packed-distopt": (
+        4,
+        2,
+        ("--context-parallel-size", "2", "--packed-sequences", "--use-distributed-optimizer"),
+    ),
+    "packed": (1, 1, ("--packed-sequences", "--max-packed-length", "50")),
     "pp2-dp2": (4, 2, ("--pipeline-model-parallel-size", "2")),
 }
 
@@ -46,6 +53,7 @@ def train(root: Path, name: str) -> None:
             "--train-iters=3",
             "--selector=teachability_entropy",
             "--keep-ratio=0.1",
+            "--min-keep-per-sample=2",
             "--loss=reverse_kl",
             "--lr=1e-3",
             "--adam-eps=1e-3",  # keeps Adam from blowing rounding of tiny gradients up to whole steps

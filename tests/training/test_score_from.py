@@ -16,6 +16,11 @@ from tests.training.recording import Kept, merged, run_and_record
 LAYOUTS: dict[str, tuple[int, tuple[str, ...]]] = {
     "one": (1, ()),
     "dp2": (2, ()),
+    "cp2": (2, ("--context-parallel-size=2",)),
+    "cp2pp2-packed": (
+        4,
+        ("--context-parallel-size=2", "--pipeline-model-parallel-size=2", "--packed-sequences"),
+    ),
     "tp2pp2sp": (
         4,
         ("--tensor-model-parallel-size=2", "--pipeline-model-parallel-size=2", "--sequence-parallel"),

@@ -41,7 +41,7 @@ class CheckpointHook(Hook):
         path = save_checkpoint(
             self.directory,
             iteration=trainer.state.iteration,
-            module=[trainer.student],
+            module=trainer.student,
             optimizer=trainer.optimizer,
             scheduler=trainer.scheduler,
             extra_state=trainer.state_dict(),
@@ -60,6 +60,6 @@ class ExportHook(Hook):
         self.directory = directory
 
     def on_end(self, trainer: Trainer) -> None:
-        export_hf(trainer.pair.student.module, trainer.pair.student.hf, self.directory)
+        export_hf(trainer.pair.student.modules, trainer.pair.student.hf, self.directory)
         if distributed.rank() == 0:
             logger.info("wrote the student as an HF directory: %s", self.directory)
