@@ -126,7 +126,7 @@ class ScoredBatches:
         self.pair = pair
         self.source = open_source(config, pair)
         temperature = config.scoring.resolve_temperature(config.rollout.temperature)
-        self.scope = GlobalScope(config, pair, pair.student.module, temperature=temperature)
+        self.scope = GlobalScope(config, pair, pair.student.modules, temperature=temperature)
         self.consumed_samples = consumed_samples
         self.waiting: list[TrainMicroBatch] = []
 
@@ -153,7 +153,7 @@ class ScoredBatches:
             rollouts,
             micro_batch_size=batch.micro_batch_size,
             sample_offset=distributed.data_parallel_rank()
-            * local_batch_size(batch.global_batch_size, batch.micro_batch_size),
+            * local_batch_size(batch.global_batch_size, batch.micro_batch_size, config.parallel),
             length_multiple=parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1,
         )
         return self.scope.before(micro_batches, step=step)

@@ -121,8 +121,8 @@ def test_missing_directory_tracker_and_iteration(pool: Pools, model: Path, copie
 def test_a_file_is_gone(pool: Pools, model: Path, copied: Path) -> None:
     directory = copied / "iter_0000003"
     files = [file for file in directory.iterdir() if file.is_file() and file.name != "run_config.json"]
-    always = {".metadata", "metadata.json", "__0_0.distcp", "__1_0.distcp"}
-    assert {file.name for file in files} - {"common.pt"} == always  # newer releases of megatron-core have no common.pt
+    # Releases of megatron-core differ in the rest: common.pt, more shards a rank.
+    assert {file.name for file in files} >= {".metadata", "metadata.json", "__0_0.distcp", "__1_0.distcp"}
     for file in files:
         content = file.read_bytes()
         file.unlink()
