@@ -50,7 +50,10 @@ class Answer:
 
 
 def generate(
-    modules: Sequence[DistillationGPTModel], prompts: Sequence[list[int]], sample_index: Sequence[int], decoding: Decoding
+    modules: Sequence[DistillationGPTModel],
+    prompts: Sequence[list[int]],
+    sample_index: Sequence[int],
+    decoding: Decoding,
 ) -> list[Answer]:
     """One response a prompt, in order. All ranks of a replica call it and get the same.
 

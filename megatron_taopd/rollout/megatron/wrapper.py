@@ -45,18 +45,16 @@ class ModelWrapper(GPTInferenceWrapper):
             hidden_1BH = self.run_one_forward_step(inference_input)
         return None if hidden_1BH is None else hidden_1BH[0]
 
-
-    def _through_virtual_stages(
-        self, inference_input: dict[str, Any], rows: int, length: int
-    ) -> torch.Tensor | None:
+    def _through_virtual_stages(self, inference_input: dict[str, Any], rows: int, length: int) -> torch.Tensor | None:
         """What Megatron does for one stage, once for each virtual stage: they lie round and round over the ranks."""
         output = None
-        for number, self.model in enumerate(self.chunks):
+        for number, chunk in enumerate(self.chunks):
+            self.model = chunk
             received = None
             if not distributed.is_first_stage(number):
                 received = self._allocate_recv_buffer(rows, length)
                 recv_from_prev_pipeline_rank_(received, self.pp_group)
-            self.model.set_input_tensor(received)
+            chunk.set_input_tensor(received)
             output = self._forward(inference_input)
             if not distributed.is_last_stage(number):
                 send_to_next_pipeline_rank(output.to(self.pipeline_communication_dtype), self.pp_group)
