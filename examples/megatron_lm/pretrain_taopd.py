@@ -153,7 +153,7 @@ class ScoredBatches:
             rollouts,
             micro_batch_size=batch.micro_batch_size,
             sample_offset=distributed.data_parallel_rank()
-            * local_batch_size(batch.global_batch_size, batch.micro_batch_size, config.parallel),
+            * local_batch_size(batch.global_batch_size, batch.micro_batch_size, self.config.parallel),
             length_multiple=parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1,
         )
         return self.scope.before(micro_batches, step=step)
