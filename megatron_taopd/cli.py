@@ -59,7 +59,7 @@ def parse(config_type: type, words: Sequence[str], *, name: str) -> Any:
 
     words, path = _take_config_path(list(words))
     if path is not None:
-        words = read_config_file(path, config_type) + words
+        words = read_config_file(path, config_type, instead=words) + words
     if not sys.stderr.isatty():
         os.environ.setdefault("COLUMNS", "160")  # boxed messages of a log file are not to be cut at 80
     return tyro.cli(

@@ -6,6 +6,7 @@ import dataclasses
 import difflib
 import json
 import typing
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,10 +40,13 @@ def flat_values(config: Any) -> dict[str, Any]:
     return values
 
 
-def read_config_file(path: str | Path, config_type: type) -> list[str]:
-    """Turn a YAML file into command-line words; words that follow them on the command line win.
+def read_config_file(path: str | Path, config_type: type, *, instead: Sequence[str] = ()) -> list[str]:
+    """Turn a YAML file into command-line words.
 
     Keys are flag names with hyphens or underscores; ``null`` leaves a flag at its default.
+
+    Args:
+        instead: words of the command line; flags that are among them are left out.
 
     Raises:
         ConfigError: the file is missing, not a flat mapping, or has a key that is no flag (nearest names are shown).
@@ -58,6 +62,7 @@ def read_config_file(path: str | Path, config_type: type) -> list[str]:
     if not isinstance(content, dict):
         raise ConfigError(f"--config {path} must be a mapping of flag names to values, not {type(content).__name__}")
     flags = flag_fields(config_type)
+    given = {word.split("=")[0].removeprefix("--").replace("-", "_") for word in instead if word.startswith("--")}
     words: list[str] = []
     for key, value in content.items():
         name = str(key).replace("-", "_")
@@ -65,7 +70,8 @@ def read_config_file(path: str | Path, config_type: type) -> list[str]:
             near = difflib.get_close_matches(name, flags, n=3, cutoff=0.5)
             hint = f"; did you mean {' or '.join(near)}?" if near else f"; known keys: {', '.join(sorted(flags))}"
             raise ConfigError(f"--config {path}: unknown key {key!r}{hint}")
-        words += _as_words(path, name, value)
+        if name not in given:
+            words += _as_words(path, name, value)
     return words
 
 
@@ -78,7 +84,7 @@ def _as_words(path: str | Path, name: str, value: Any) -> list[str]:
     if isinstance(value, dict):
         return [f"{flag}={json.dumps(value)}"]
     if isinstance(value, list):
-        return [flag, *(str(item) for item in value)]
+        return [word for item in value for word in (flag, str(item))]
     if isinstance(value, str | int | float):
         return [f"{flag}={value}"]
     raise ConfigError(f"--config {path}: {name} has a value of type {type(value).__name__}; use a plain value")

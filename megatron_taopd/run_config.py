@@ -5,10 +5,16 @@ A field's docstring is its ``--help`` text. Nothing here imports Megatron.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
-from typing import Literal
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
 
 from megatron_taopd.errors import ConfigError
+
+_NAMED = re.compile(r"(?P<name>[A-Za-z0-9_.-]+)=(?P<path>.+)")
 
 
 @dataclass(kw_only=True)
@@ -17,13 +23,34 @@ class ModelPairConfig:
 
     student: str
     """HF directory, or a Megatron checkpoint directory written by this project."""
-    teacher: str
-    """HF directory, or a Megatron checkpoint directory written by this project."""
+    teacher: Annotated[list[str], tyro.conf.UseAppendAction]
+    """HF directory, or a Megatron checkpoint directory written by this project. Several: the flag again for each, as
+    NAME=DIRECTORY; the `teacher` of a prompt or rollout says which one reads it."""
     teacher_dtype: Literal["bf16", "fp32"] | None = None
     """Weights and activations of the teacher (default: the student's, see --bf16). bf16 beside an fp32 student halves
     the teacher's memory."""
     allow_stop_token_mismatch: bool = False
     """Train although student and teacher stop on different token ids (this has collapsed runs)."""
+
+    def __post_init__(self) -> None:
+        if not self.teacher:
+            raise ConfigError("--teacher is missing: the directory of the model to learn from")
+        names = [name for name, _ in self.named_teachers()]
+        if len(names) > 1 and None in names:
+            raise ConfigError(
+                f"--teacher {self.teacher[names.index(None)]} has no name beside others; write --teacher NAME=DIRECTORY"
+            )
+        for name in names:
+            if names.count(name) > 1:
+                raise ConfigError(f"--teacher {name}=… is given {names.count(name)} times; names must differ")
+
+    def named_teachers(self) -> list[tuple[str | None, str]]:
+        """Name, if it was given, and directory of each teacher."""
+        named: list[tuple[str | None, str]] = []
+        for word in self.teacher:
+            match = _NAMED.fullmatch(word)
+            named.append((None, word) if match is None or Path(word).exists() else (match["name"], match["path"]))
+        return named
 
 
 @dataclass(kw_only=True)

@@ -44,7 +44,9 @@ def save_tokenizer(directory: Path, words: list[str]) -> None:
 
 
 def command(root: Path, *extra: str, name: str = "train") -> list[str]:
-    words = [name, f"--student={root / 'student'}", f"--teacher={root / 'teacher'}"]
+    words = [name, f"--student={root / 'student'}"]
+    if not any(word.startswith("--teacher=") for word in extra):
+        words.append(f"--teacher={root / 'teacher'}")
     words.append(f"--rollout-data={root / 'rollouts.jsonl'}")
     if name == "train":
         words += ["--rollout-engine=file", "--train-iters=1", f"--export-hf={root / 'out'}"]
@@ -101,6 +103,35 @@ def malformed_line(root: Path) -> tuple[str, ...]:
     return ()
 
 
+def two_teachers(root: Path) -> tuple[str, ...]:
+    """Responses for both of them."""
+    lines = [json.loads(line) for line in (root / "rollouts.jsonl").read_text().splitlines()]
+    for index, line in enumerate(lines):
+        line["teacher"] = ("math", "code")[index % 2]
+    (root / "rollouts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return f"--teacher=math={root / 'teacher'}", f"--teacher=code={root / 'teacher'}"
+
+
+def two_teachers_of_one_name(root: Path) -> tuple[str, ...]:
+    return tuple(word.replace("=code=", "=math=") for word in two_teachers(root))
+
+
+def unknown_teacher(root: Path) -> tuple[str, ...]:
+    words = two_teachers(root)
+    path = root / "rollouts.jsonl"
+    path.write_text(path.read_text().replace('"code"', '"codes"'))
+    return words
+
+
+def no_teacher(root: Path) -> tuple[str, ...]:
+    words = two_teachers(root)
+    path = root / "rollouts.jsonl"
+    lines = path.read_text().splitlines()
+    lines[2] = lines[2].replace('"teacher"', '"taught_by"')
+    path.write_text("\n".join(lines) + "\n")
+    return words
+
+
 def empty_prompts(root: Path) -> tuple[str, ...]:
     save_tokenizer(root / "student", ["alpha"])
     save_tokenizer(root / "teacher", ["alpha"])
@@ -123,6 +154,35 @@ CASES: dict[str, tuple[Callable[[Path], tuple[str, ...]], int, tuple[str, ...]]]
     "teacher shard missing": (teacher_shard_missing, 1, ("model-00002-of-00002.safetensors", "teacher")),
     "teacher all zero": (teacher_all_zero, 1, ("zero", "teacher")),
     "heads do not divide": (flags("--tensor-model-parallel-size=3"), 3, ("3", "heads", "4")),
+    "teacher's heads do not divide": (
+        flags("--teacher-tensor-model-parallel-size=3", "--global-batch-size=9"),
+        3,
+        ("--teacher-tensor-model-parallel-size 3", "8", "heads", "teacher"),
+    ),
+    "teacher's layers do not divide": (
+        flags("--teacher-pipeline-model-parallel-size=3", "--global-batch-size=9"),
+        3,
+        ("--teacher-pipeline-model-parallel-size 3", "4 layers", "teacher"),
+    ),
+    "ranks do not hold a teacher": (
+        flags("--teacher-tensor-model-parallel-size=4"),
+        2,
+        ("2 ranks", "--teacher-tensor-model-parallel-size 4", "--teacher-pipeline-model-parallel-size 1"),
+    ),
+    "teacher has no experts": (
+        flags("--teacher-expert-model-parallel-size=2"),
+        2,
+        ("--teacher-expert-model-parallel-size 2", "no experts"),
+    ),
+    "teacher on no ranks": (
+        flags("--teacher-pipeline-model-parallel-size=0"),
+        0,
+        ("--teacher-pipeline-model-parallel-size", "at least 1", "0"),
+    ),
+    "a teacher without a name": (flags("--teacher=math=here", "--teacher=there"), 0, ("there", "NAME=")),
+    "teachers of one name": (two_teachers_of_one_name, 0, ("math", "2 times")),
+    "unknown teacher": (unknown_teacher, 1, ("rollouts.jsonl:2", "codes", "math, code")),
+    "response without a teacher": (no_teacher, 1, ("rollouts.jsonl:3", "'teacher'", "math, code")),
     "malformed line": (malformed_line, 1, ("rollouts.jsonl:2",)),
     "response too long": (flags("--max-response-length=3"), 1, ("r", "3", "max-response-length")),
     "batch does not divide": (flags("--global-batch-size=7", "--micro-batch-size=2"), 1, ("7", "2")),

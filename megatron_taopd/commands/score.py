@@ -36,7 +36,10 @@ def run_scoring(config: ScoreConfig) -> None:
         teacher_parallel=config.teacher_parallel,
     )
     rollouts = read_rollouts(
-        config.rollout_data, vocab_size=pair.vocab_size, max_response_length=config.max_response_length
+        config.rollout_data,
+        vocab_size=pair.vocab_size,
+        max_response_length=config.max_response_length,
+        teachers=pair.given_names,
     )
     place = even_share(len(rollouts))
     parallel = config.parallel
@@ -46,6 +49,7 @@ def run_scoring(config: ScoreConfig) -> None:
         config.packing,
         micro_batch_size=config.micro_batch_size,
         sample_offset=place.start,
+        teacher_names=pair.teacher_names,
     )
     reader = RowReader.from_config(
         pair,

@@ -47,6 +47,8 @@ class MicroBatch:
     """The student's final hidden states that predicted the response tokens, where the rollouts kept them."""
     context_size: int = 1
     """C."""
+    teacher: int = 0
+    """Which of several teachers reads it."""
     packed_ends: torch.Tensor | None = None
     """int32 [sequences + 1], from 0 to ``length``: where packed sequences end, padding included; None: not packed."""
 
@@ -89,6 +91,7 @@ def make_micro_batches(
     context_rank: int = 0,
     context_size: int = 1,
     at_least: int = 0,
+    teachers: Sequence[int] | None = None,
     device: torch.device | None = None,
 ) -> list[MicroBatch]:
     """Cut responses, in order, into padded micro-batches of one shape.
@@ -106,6 +109,7 @@ def make_micro_batches(
         context_size: the number of parts.
         at_least: micro-batches; those beyond the responses are padding without rows. Replicas that share experts
             must bring the same number.
+        teachers: which teacher reads each response (default: the first); a micro-batch has one.
         device: default: that of this process.
     """
     if not rollouts:
@@ -114,21 +118,30 @@ def make_micro_batches(
     length = -(-max(map(sequence_length, rollouts)) // multiple) * multiple
     size = min(micro_batch_size, len(rollouts))
     with_logprobs = all(r.response_logprobs is not None for r in rollouts)
-    return [
-        place_responses(
-            [
-                PlacedResponse(rollout=rollout, sample_index=sample_offset + start + b, lane=b, start=0, length=length)
-                for b, rollout in enumerate(rollouts[start : start + size])
-            ],
-            lanes=size,
-            length=length,
-            context_rank=context_rank,
-            context_size=context_size,
-            with_logprobs=with_logprobs,
-            device=device or default_device(),
-        )
-        for start in range(0, max(len(rollouts), at_least * size), size)
-    ]
+    micro_batches = []
+    for teacher, indices in by_teacher(teachers or [0] * len(rollouts)):
+        for start in range(0, max(len(indices), at_least * size), size):
+            placed = [
+                PlacedResponse(rollout=rollouts[i], sample_index=sample_offset + i, lane=lane, start=0, length=length)
+                for lane, i in enumerate(indices[start : start + size])
+            ]
+            micro_batch = place_responses(
+                placed,
+                lanes=size,
+                length=length,
+                context_rank=context_rank,
+                context_size=context_size,
+                with_logprobs=with_logprobs,
+                device=device or default_device(),
+            )
+            micro_batch.teacher = teacher
+            micro_batches.append(micro_batch)
+    return micro_batches
+
+
+def by_teacher(teachers: Sequence[int]) -> list[tuple[int, list[int]]]:
+    """Each teacher with the indices of its responses, in order."""
+    return [(teacher, [i for i, t in enumerate(teachers) if t == teacher]) for teacher in sorted(set(teachers))]
 
 
 def place_responses(

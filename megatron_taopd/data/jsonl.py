@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +44,20 @@ def _parse(line: str, where: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise DataError(f"{where}: a line must be a JSON object, not {type(value).__name__}")
     return value
+
+
+def check_teacher(line: dict[str, Any], where: str, names: Sequence[str]) -> None:
+    """Check that a line's 'teacher' is one of several; where there is one only, it may be missing.
+
+    Raises:
+        DataError: it is missing or unknown.
+    """
+    known = ", ".join(names)
+    if "teacher" not in line:
+        if len(names) > 1:
+            raise DataError(f"{where}: no 'teacher'; with several of --teacher a line names one of {known}")
+    elif names and line["teacher"] not in names:
+        raise DataError(f"{where}: 'teacher' is {line['teacher']!r}, which no --teacher is called; there are {known}")
 
 
 def token_ids(value: Any, where: str, key: str, *, vocab_size: int | None = None) -> list[int]:

@@ -9,6 +9,7 @@ import torch
 from megatron_taopd.data.batches import (
     MicroBatch,
     PlacedResponse,
+    by_teacher,
     context_multiple,
     place_responses,
     sequence_length,
@@ -48,6 +49,7 @@ def pack_micro_batches(
     length_multiple: int = 1,
     context_rank: int = 0,
     context_size: int = 1,
+    teachers: Sequence[int] | None = None,
     device: torch.device | None = None,
 ) -> list[MicroBatch]:
     """Micro-batches of one packed sequence each, all of one length.
@@ -62,6 +64,7 @@ def pack_micro_batches(
         length_multiple: this rank's part is a multiple of it, as in :func:`make_micro_batches`.
         context_rank: this rank's part of every response.
         context_size: the number of parts.
+        teachers: as in :func:`make_micro_batches`.
         device: default: that of this process.
 
     Raises:
@@ -77,12 +80,17 @@ def pack_micro_batches(
             f"--max-packed-length {max_length} has no room for {rollouts[longest].id!r}: prompt and response "
             f"have {sequence_length(rollouts[longest])} tokens ({lengths[longest]} padded for the layout); raise it"
         )
-    bins = first_fit(lengths, capacity)
+    bins: list[list[int]] = []
+    teacher_of_bin: list[int] = []
+    for teacher, own in by_teacher(teachers or [0] * len(rollouts)):
+        own_bins = first_fit([lengths[i] for i in own], capacity)
+        bins += [[own[i] for i in indices] for indices in own_bins]
+        teacher_of_bin += [teacher] * len(own_bins)
     used = max(sum(lengths[i] for i in indices) for indices in bins)
     length = -(-used // multiple) * multiple
     with_logprobs = all(r.response_logprobs is not None for r in rollouts)
     micro_batches = []
-    for indices in bins:
+    for teacher, indices in zip(teacher_of_bin, bins, strict=True):
         placed, ends = [], [0]
         for i in indices:
             placed.append(
@@ -103,6 +111,7 @@ def pack_micro_batches(
         if ends[-1] < length:
             ends.append(length)
         micro_batch.packed_ends = torch.tensor(ends, dtype=torch.int32, device=micro_batch.tokens_BS.device)
+        micro_batch.teacher = teacher
         micro_batches.append(micro_batch)
     return micro_batches
 
@@ -122,4 +131,5 @@ def padding_like(micro_batch: MicroBatch) -> MicroBatch:
         student_hidden_RH=None if hidden is None else hidden[:0],
         context_size=micro_batch.context_size,
         packed_ends=None if ends is None else ends[[0, -1]],
+        teacher=micro_batch.teacher,
     )

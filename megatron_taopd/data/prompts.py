@@ -31,7 +31,7 @@ class Prompt:
     """Other keys of the line; rollouts keep them."""
 
 
-def read_prompts(config: DataConfig, tokenizer: Any | None) -> list[Prompt]:
+def read_prompts(config: DataConfig, tokenizer: Any | None, *, teachers: Sequence[str] = ()) -> list[Prompt]:
     """Read and tokenise ``config.prompt_data``, in file order, without the prompts that are too long.
 
     A ``prompt`` is tokenised as it is (with the tokenizer's own BOS, if it adds one); ``messages`` go through
@@ -39,6 +39,7 @@ def read_prompts(config: DataConfig, tokenizer: Any | None) -> list[Prompt]:
 
     Args:
         tokenizer: of transformers, or None for files of ``prompt_tokens``.
+        teachers: names of which the 'teacher' of every line must be one, if teachers have names.
 
     Raises:
         DataError: no file is named, it is missing, empty or malformed, no prompt is short enough, the
@@ -52,6 +53,7 @@ def read_prompts(config: DataConfig, tokenizer: Any | None) -> list[Prompt]:
     longest, num_templated = 0, 0
     lines = list(jsonl.read_objects(config.prompt_data, what="prompts"))
     for index, (where, line) in enumerate(lines):
+        jsonl.check_teacher(line, where, teachers)
         prompt = _from_line(line, where, index, tokenizer, kwargs)
         num_templated += prompt.messages is not None and "prompt_tokens" not in line
         longest = max(longest, len(prompt.tokens))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -45,13 +45,18 @@ class Rollout:
 
 
 def read_rollouts(
-    path: str | Path, *, vocab_size: int | None = None, max_response_length: int | None = None
+    path: str | Path,
+    *,
+    vocab_size: int | None = None,
+    max_response_length: int | None = None,
+    teachers: Sequence[str] = (),
 ) -> list[Rollout]:
     """Read recorded rollouts, in file order.
 
     Args:
         vocab_size: ids from here on are refused.
         max_response_length: longer responses are refused (tokens).
+        teachers: names of which the 'teacher' of every line must be one, if teachers have names.
 
     Raises:
         DataError: the file is missing or empty, or a line is malformed; the message starts with
@@ -59,6 +64,7 @@ def read_rollouts(
     """
     rollouts: list[Rollout] = []
     for where, line in jsonl.read_objects(path, what="rollouts"):
+        jsonl.check_teacher(line, where, teachers)
         rollout = _from_line(line, where, index=len(rollouts), vocab_size=vocab_size)
         length = len(rollout.response_tokens)
         if max_response_length is not None and length > max_response_length:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 from megatron_taopd.errors import ConfigError
 
@@ -36,7 +36,7 @@ _OF_TEACHER = (
 class ParallelConfig:
     """Sizes of the model-parallel groups, named as in Megatron; the remaining ranks are data-parallel."""
 
-    flag_prefix: ClassVar[str] = "--"
+    flag_prefix = "--"
 
     tensor_model_parallel_size: int = 1
     """Ranks that share each layer: heads, ffn and vocabulary are split over them."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from megatron_taopd.data.batches import MicroBatch, context_multiple, make_micro_batches, sequence_length
@@ -20,6 +21,7 @@ def replica_micro_batches(
     *,
     micro_batch_size: int,
     sample_offset: int,
+    teacher_names: Sequence[str | None],
 ) -> list[MicroBatch]:
     """This rank's part of its replica's responses, padded or packed; all ranks call it together.
 
@@ -30,6 +32,7 @@ def replica_micro_batches(
         micro_batch_size: responses a micro-batch; with packing a micro-batch has as many tokens as so many of the
             longest, unless ``packing`` says how many.
         sample_offset: index of the first response in the global batch.
+        teacher_names: of all teachers, in the order in which they read; each has micro-batches of its own.
 
     Raises:
         DataError: a response is too long to be packed.
@@ -41,6 +44,7 @@ def replica_micro_batches(
         length_multiple=tensor,
         context_rank=distributed.context_parallel_rank(),
         context_size=context_size,
+        teachers=[teacher_of(rollout, teacher_names) for rollout in rollouts],
     )
     if packing.packed_sequences:
         multiple = context_multiple(context_size) * tensor
@@ -49,10 +53,16 @@ def replica_micro_batches(
         micro_batches = pack_micro_batches(rollouts, max_length=max_length, **place)
     else:
         micro_batches = make_micro_batches(rollouts, micro_batch_size=micro_batch_size, **place)
-    wanted = len(micro_batches)
-    if parallel.shares_experts:
-        wanted = distributed.most_of_replicas(wanted)
-    if parallel.num_virtual_stages_per_pipeline_rank is not None:
-        stages = parallel.pipeline_model_parallel_size
-        wanted = -(-wanted // stages) * stages
-    return micro_batches + [padding_like(micro_batches[0]) for _ in range(wanted - len(micro_batches))]
+    stages = 1 if parallel.num_virtual_stages_per_pipeline_rank is None else parallel.pipeline_model_parallel_size
+    for teacher in range(len(teacher_names)):
+        own = sum(micro_batch.teacher == teacher for micro_batch in micro_batches)
+        wanted = distributed.most_of_replicas(own) if parallel.shares_experts else own
+        missing = -(-wanted // stages) * stages - own
+        micro_batches += [replace(padding_like(micro_batches[0]), teacher=teacher) for _ in range(missing)]
+    micro_batches.sort(key=lambda micro_batch: micro_batch.teacher)
+    return micro_batches
+
+
+def teacher_of(rollout: Rollout, names: Sequence[str | None]) -> int:
+    """Index of the teacher that a response is for; readers of files have checked that it has one."""
+    return names.index(rollout.extra["teacher"]) if len(names) > 1 else 0

@@ -169,7 +169,12 @@ class Routes:
     """Who sends a micro-batch's rows to whom."""
 
     def __init__(self, layout: SecondLayout) -> None:
-        """All ranks call it, in the student's layout."""
+        """All ranks call it, in the student's layout.
+
+        Args:
+            layout: the teacher's.
+        """
+        self.layout = layout
         with layout.in_force():
             reader, has_rows = distributed.data_parallel_rank(), distributed.is_last_stage()
             self.readers = distributed.data_parallel_size()
@@ -182,13 +187,19 @@ class Routes:
         )
         self.places: list[Place] = [self.mine] * distributed.world_size()
         dist.all_gather_object(self.places, self.mine)
+        self.senders: dict[int, list[int]] = {}
+        self.receivers: dict[int, list[int]] = {}
+        for rank, place in enumerate(self.places):
+            if place.has_rows:
+                self.senders.setdefault(place.reader, []).append(rank)
+            if place.wants_rows:
+                self.receivers.setdefault(place.owner, []).append(rank)
 
     def between(self, reader: int, owner: int) -> Iterator[tuple[int, int]]:
         """Source and destination of each copy: a rank's own rows where it has them, else the senders take turns."""
-        sources = [rank for rank, place in enumerate(self.places) if place.reader == reader and place.has_rows]
-        wanted = [rank for rank, place in enumerate(self.places) if place.owner == owner and place.wants_rows]
-        for turn, rank in enumerate(wanted):
-            yield rank if rank in sources else sources[turn % len(sources)], rank
+        senders = self.senders[reader]
+        for turn, rank in enumerate(self.receivers[owner]):
+            yield rank if rank in senders else senders[turn % len(senders)], rank
 
     def deliver(
         self,

@@ -171,6 +171,7 @@ class Trainer:
         return step_metrics(
             iteration=self.state.iteration,
             rollouts=rollouts,
+            teachers=self.pair.given_names,
             outcome=outcome,
             keep_ratio_asked=self.config.selection.resolved_keep_ratio,
             reports=reports,
@@ -194,6 +195,7 @@ class Trainer:
             self.config.packing,
             micro_batch_size=self.config.batch.micro_batch_size,
             sample_offset=distributed.data_parallel_rank() * self.local_batch_size,
+            teacher_names=self.pair.teacher_names,
         )
 
     def state_dict(self) -> dict[str, Any]:

@@ -12,6 +12,7 @@ import torch
 from megatron_taopd.data.records import Rollout
 from megatron_taopd.platform import device, distributed
 from megatron_taopd.training.scopes import Outcome
+from megatron_taopd.training.scoring import ScoredRows
 
 MEAN_STATISTICS = {
     "mean_D": "D",
@@ -30,6 +31,7 @@ def step_metrics(
     *,
     iteration: int,
     rollouts: Sequence[Rollout],
+    teachers: Sequence[str],
     outcome: Outcome,
     keep_ratio_asked: float,
     reports: Sequence[dict[str, torch.Tensor]],
@@ -43,6 +45,7 @@ def step_metrics(
 
     Args:
         rollouts: responses of this replica.
+        teachers: names of the teachers, where they have some.
         outcome: what was scored and kept on this rank.
         keep_ratio_asked: the budget of the configuration.
         reports: what the loss function reported, a dictionary a micro-batch; empty off the last stage.
@@ -59,6 +62,7 @@ def step_metrics(
             sums[name] = float(getattr(statistics, field).double().sum())
         kept_kl = statistics.kl_forward[selection.keep].double().sum()
         sums["kept_kl_forward"] = float(kept_kl)
+        sums.update(_by_teacher(scored, selection.keep, teachers))
         counted = rollouts if distributed.context_parallel_rank() == 0 else []  # a replica's ranks have the same
         sums["responses"] = len(counted)
         sums["response_tokens"] = sum(len(r.response_tokens) for r in counted)
@@ -92,12 +96,30 @@ def step_metrics(
         "tokens_per_second": (sums["response_tokens"] + sums["prompt_tokens"]) / slowest["time_step"],
         "skipped": float(skipped),
     }
+    for name in teachers:
+        of_teacher = [sums[f"teacher/{name}/{what}"] for what in ("num_valid_tokens", "num_kept_tokens", "kl_forward")]
+        metrics[f"teacher/{name}/num_kept_tokens"] = of_teacher[1]
+        metrics[f"teacher/{name}/keep_ratio"] = of_teacher[1] / max(of_teacher[0], 1.0)
+        metrics[f"teacher/{name}/kl_forward"] = of_teacher[2] / max(of_teacher[0], 1.0)
     for name, total in sums.items():
         if name.startswith("loss/"):
             metrics[name.removeprefix("loss/")] = total / max(kept, 1.0)
     for name, figure in summary.items():
         metrics.setdefault(name, figure)
     return metrics
+
+
+def _by_teacher(scored: ScoredRows, keep_R: torch.Tensor, teachers: Sequence[str]) -> dict[str, float]:
+    """This rank's sums over the rows of each teacher."""
+    sums: dict[str, float] = {}
+    rows = torch.tensor(scored.rows_per_micro_batch, device=keep_R.device)
+    teacher_R = torch.tensor(scored.teacher_per_micro_batch, device=keep_R.device).repeat_interleave(rows)
+    for index, name in enumerate(teachers):
+        own_R = teacher_R == index
+        sums[f"teacher/{name}/num_valid_tokens"] = float(own_R.sum())
+        sums[f"teacher/{name}/num_kept_tokens"] = float((own_R & keep_R).sum())
+        sums[f"teacher/{name}/kl_forward"] = float(scored.statistics.kl_forward[own_R].double().sum())
+    return sums
 
 
 def _sum_over_rows(sums: dict[str, float]) -> dict[str, float]:

@@ -1,8 +1,9 @@
-"""Student and teacher as one pair: checked against each other first, loaded afterwards."""
+"""Student and teachers as one pair: checked against each other first, loaded afterwards."""
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -37,7 +38,7 @@ class ModelPair:
     """Both models of this rank, with one padded vocabulary so that their head shards line up."""
 
     student: LoadedModel
-    teacher: Teacher
+    teachers: list[Teacher]
     vocab_size: int
     """Common real vocabulary: ids below it exist in both models."""
     tokenizer: Any | None
@@ -47,10 +48,21 @@ class ModelPair:
         """LM-head shard of the student; on the last pipeline stage only."""
         return self._head(self.student.module.head_weight())
 
-    def teacher_head(self) -> HeadShard:
-        """LM-head shard of the teacher, cut like the student's; on the student's last pipeline stage only."""
-        assert self.teacher.head_weight is not None, "last-stage ranks have an LM head"
-        return self._head(self.teacher.head_weight)
+    def teacher_head(self, index: int = 0) -> HeadShard:
+        """LM-head shard of a teacher, cut like the student's; on the student's last pipeline stage only."""
+        weight = self.teachers[index].head_weight
+        assert weight is not None, "last-stage ranks have an LM head"
+        return self._head(weight)
+
+    @property
+    def teacher_names(self) -> list[str | None]:
+        """In the order in which they read; None for one without a name."""
+        return [teacher.name for teacher in self.teachers]
+
+    @property
+    def given_names(self) -> list[str]:
+        """The names that there are."""
+        return [name for name in self.teacher_names if name is not None]
 
     def _head(self, weight: torch.Tensor) -> HeadShard:
         return HeadShard.for_rank(weight, self.vocab_size, distributed.tensor_parallel_group())
@@ -85,7 +97,7 @@ def load_pair(
     offload_teacher: bool = False,
     teacher_parallel: TeacherParallelConfig | None = None,
 ) -> ModelPair:
-    """Check that the two models can be compared token by token, then load one after the other at this rank's place.
+    """Check that the models can be compared token by token, then load one after the other at this rank's place.
 
     Args:
         parallel: the layout in force, the student's.
@@ -97,20 +109,25 @@ def load_pair(
         ModelError: a directory is incomplete, an architecture unknown, weights unusable.
         ConfigError: the layout does not divide a model.
     """
-    student_hf, teacher_hf = load_hf_config(models.student), load_hf_config(models.teacher)
-    refuse_expert_layout_in_vain(parallel, student_hf, teacher_hf)
-    own_layout = _lay_out_teacher(teacher_parallel, parallel, teacher_hf)
-    check_tokenizers_agree(models.student, models.teacher, allow_stop_token_mismatch=models.allow_stop_token_mismatch)
-    tokenizer = load_tokenizer(models.student) or load_tokenizer(models.teacher)
-    vocab_size = min(student_hf.vocab_size, teacher_hf.vocab_size)
-    if student_hf.vocab_size != teacher_hf.vocab_size:
+    student_hf = load_hf_config(models.student)
+    teachers = models.named_teachers()
+    teacher_hfs = [load_hf_config(path) for _, path in teachers]
+    refuse_expert_layout_in_vain(parallel, student_hf, *teacher_hfs)
+    own_layout = _lay_out_teachers(teacher_parallel, parallel, teacher_hfs)
+    for _, path in teachers:
+        check_tokenizers_agree(models.student, path, allow_stop_token_mismatch=models.allow_stop_token_mismatch)
+    tokenizers = (load_tokenizer(path) for path in (models.student, *(path for _, path in teachers)))
+    tokenizer = next((found for found in tokenizers if found is not None), None)
+    sizes = [hf.vocab_size for hf in (student_hf, *teacher_hfs)]
+    vocab_size = min(sizes)
+    if vocab_size != max(sizes):
         logger.info(
-            "vocabularies differ (student %d, teacher %d): the %d common ids are used",
+            "vocabularies differ (student %d, teacher %s): the %d common ids are used",
             student_hf.vocab_size,
-            teacher_hf.vocab_size,
+            ", ".join(map(str, sizes[1:])),
             vocab_size,
         )
-    padded = pad_vocab_size(student_hf.vocab_size, teacher_hf.vocab_size, tp=parallel.tensor_model_parallel_size)
+    padded = pad_vocab_size(*sizes, tp=parallel.tensor_model_parallel_size)
     overrides = precision_overrides(precision)
     student_overrides = dict(overrides)
     if recompute is not None and recompute.recompute_granularity is not None:
@@ -127,35 +144,47 @@ def load_pair(
         trainable=train_student,
         overrides=student_overrides,
     )
-    teacher = _load_teacher(
-        models.teacher,
-        parallel,
-        own_layout,
-        params_dtype=teacher_params_dtype(models, precision),
-        padded_vocab_size=padded,
-        overrides=overrides,
-        offload=offload_teacher and can_offload("--offload-teacher"),
+    offload = offload_teacher and can_offload("--offload-teacher")
+    routes = None if own_layout is None else Routes(own_layout)
+    return ModelPair(
+        student=student,
+        teachers=[
+            _load_teacher(
+                name,
+                path,
+                parallel,
+                routes,
+                params_dtype=teacher_params_dtype(models, precision),
+                padded_vocab_size=padded,
+                overrides=overrides,
+                offload=offload,
+            )
+            for name, path in teachers
+        ],
+        vocab_size=vocab_size,
+        tokenizer=tokenizer,
     )
-    return ModelPair(student=student, teacher=teacher, vocab_size=vocab_size, tokenizer=tokenizer)
 
 
-def _lay_out_teacher(
-    asked: TeacherParallelConfig | None, parallel: ParallelConfig, teacher: HFModelConfig
+def _lay_out_teachers(
+    asked: TeacherParallelConfig | None, parallel: ParallelConfig, teachers: Sequence[HFModelConfig]
 ) -> SecondLayout | None:
-    """The groups of a teacher's own layout, refused where it divides neither the ranks nor the model."""
+    """The groups of the teachers' own layout, refused where it divides neither the ranks nor a model."""
     layout = None if asked is None else asked.resolve(parallel)
     if asked is None or layout is None:
         return None
     if asked.teacher_expert_model_parallel_size or asked.teacher_expert_tensor_parallel_size:
-        refuse_expert_layout_in_vain(layout, teacher)
-    check_layout(teacher, layout)
+        refuse_expert_layout_in_vain(layout, *teachers)
+    for teacher in teachers:
+        check_layout(teacher, layout)
     return SecondLayout(layout)
 
 
 def _load_teacher(
+    name: str | None,
     source: str,
     parallel: ParallelConfig,
-    own_layout: SecondLayout | None,
+    routes: Routes | None,
     *,
     params_dtype: torch.dtype,
     padded_vocab_size: int,
@@ -164,25 +193,19 @@ def _load_teacher(
 ) -> Teacher:
     """A teacher at the student's layout ``parallel``, or at one of its own with its LM head cut like the student's."""
     load = partial(load_model, source, params_dtype=params_dtype, trainable=False, overrides=overrides)
-    if own_layout is None:
+    if routes is None:
         model = load(parallel, padded_vocab_size=padded_vocab_size)
         head_weight = model.module.head_weight() if distributed.is_last_stage() else None
     else:
-        with own_layout.in_force():
-            model = load(own_layout.config, head=False)
+        with routes.layout.in_force():
+            model = load(routes.layout.config, head=False)
         head_weight = load_head(source, params_dtype=params_dtype, padded_vocab_size=padded_vocab_size)
     offloaded = None
     if offload:
-        modules = torch.nn.ModuleList(model.modules)
-        offloaded = OffloadedWeights(modules, device=device(), stay=[] if head_weight is None else [head_weight])
+        stay = [] if head_weight is None else [head_weight]
+        offloaded = OffloadedWeights(torch.nn.ModuleList(model.modules), device=device(), stay=stay)
         logger.info("teacher: %.2f GiB of weights a rank wait in host memory", offloaded.num_bytes / 2**30)
-    return Teacher(
-        model=model,
-        head_weight=head_weight,
-        layout=own_layout,
-        routes=None if own_layout is None else Routes(own_layout),
-        offloaded=offloaded,
-    )
+    return Teacher(name=name, model=model, head_weight=head_weight, routes=routes, offloaded=offloaded)
 
 
 def can_offload(flag: str) -> bool:

@@ -39,6 +39,7 @@ class ScoredRows:
     position_R: torch.Tensor
     """Position in the response, from 0."""
     rows_per_micro_batch: list[int]
+    teacher_per_micro_batch: list[int]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +61,7 @@ class RowReader:
             teacher_hidden_RH,
             micro_batch.token_ids_R,
             self.pair.student_head(),
-            self.pair.teacher_head(),
+            self.pair.teacher_head(micro_batch.teacher),
             k=self.support_k,
             temperature=self.temperature,
             support_mode=self.support_mode,
@@ -90,12 +91,19 @@ class RowReader:
 
 
 def read_teacher(pair: ModelPair, micro_batches: Sequence[MicroBatch], *, on_host: bool = False) -> list[HeldRows]:
-    """The teacher's final hidden states of each micro-batch's response rows; an empty list off the last stage.
+    """Its teacher's final hidden states of each micro-batch's response rows; an empty list off the last stage.
+
+    Teachers read one after another.
 
     Args:
         on_host: they wait in host memory.
     """
-    return pair.teacher.read(micro_batches, on_host=on_host)
+    rows: dict[int, HeldRows] = {}
+    for index, teacher in enumerate(pair.teachers):
+        own = [i for i, micro_batch in enumerate(micro_batches) if micro_batch.teacher == index]
+        read = teacher.read([micro_batches[i] for i in own], on_host=on_host)
+        rows.update(zip(own, read, strict=distributed.is_last_stage()))
+    return [rows[i] for i in sorted(rows)]
 
 
 def score_micro_batches(
@@ -164,6 +172,7 @@ def collect_rows(micro_batches: Sequence[MicroBatch], parts: Sequence[TokenStati
         sample_index_R=torch.cat([m.sample_index_R for m in micro_batches]),
         position_R=torch.cat([m.position_R for m in micro_batches]),
         rows_per_micro_batch=[m.token_ids_R.numel() for m in micro_batches],
+        teacher_per_micro_batch=[m.teacher for m in micro_batches],
     )
 
 

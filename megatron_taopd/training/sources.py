@@ -85,9 +85,10 @@ def open_source(config: TrainConfig, pair: ModelPair) -> ResponseSource:
                 rollout.rollout_data,
                 vocab_size=pair.vocab_size,
                 max_response_length=rollout.max_response_length,
+                teachers=pair.given_names,
             )
         )
-    prompts = read_prompts(config.data, pair.tokenizer)
+    prompts = read_prompts(config.data, pair.tokenizer, teachers=pair.given_names)
     engine = MegatronEngine(
         pair.student,
         rollout,

@@ -91,7 +91,7 @@ class DistillationForwardStep:
             targets.token_ids_K,
             targets.old_logprobs_K,
             self.pair.student_head(),
-            self.pair.teacher_head(),
+            self.pair.teacher_head(batch.tokens.teacher),
             config=self.loss,
             k=self.support_k,
             temperature=self.temperature,

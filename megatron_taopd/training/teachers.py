@@ -11,7 +11,6 @@ import torch
 from megatron_taopd.data.batches import MicroBatch
 from megatron_taopd.models import LoadedModel
 from megatron_taopd.platform.layout import ParallelConfig
-from megatron_taopd.platform.layouts import SecondLayout
 from megatron_taopd.training.exchange import Job, Routes, as_micro_batches, deal, gather_jobs
 from megatron_taopd.training.forward import forward_hidden, pick_rows
 from megatron_taopd.training.offload import HeldRows, OffloadedWeights
@@ -23,14 +22,14 @@ _ROUND = 8
 class Teacher:
     """One teacher of this rank."""
 
+    name: str | None
+    """As in ``--teacher NAME=PATH``."""
     model: LoadedModel
     """At the student's layout with its LM head, at a layout of its own without."""
     head_weight: torch.Tensor | None
     """[padded vocabulary / TP, H], cut like the student's; None off the student's last stage."""
-    layout: SecondLayout | None = None
-    """None: the student's."""
     routes: Routes | None = None
-    """Where there is a layout of its own."""
+    """To and from a layout of its own; None: it has the student's."""
     offloaded: OffloadedWeights | None = None
     """The weights but for the LM head, where they live in host memory."""
 
@@ -46,8 +45,8 @@ class Teacher:
         Args:
             on_host: they wait in host memory.
         """
-        if self.layout is not None:
-            return self._read_elsewhere(self.layout, micro_batches, on_host=on_host)
+        if self.routes is not None:
+            return self._read_elsewhere(self.routes, micro_batches, on_host=on_host)
 
         def hold(micro_batch: MicroBatch, hidden_SBH: torch.Tensor) -> HeldRows:
             return HeldRows(self._pick(micro_batch, hidden_SBH), on_host=on_host)
@@ -60,12 +59,9 @@ class Teacher:
     def _pick(self, micro_batch: MicroBatch, hidden_SBH: torch.Tensor) -> torch.Tensor:
         return pick_rows(hidden_SBH, micro_batch.row_index_R, self.model.config)
 
-    def _read_elsewhere(
-        self, layout: SecondLayout, micro_batches: Sequence[MicroBatch], *, on_host: bool
-    ) -> list[HeldRows]:
+    def _read_elsewhere(self, routes: Routes, micro_batches: Sequence[MicroBatch], *, on_host: bool) -> list[HeldRows]:
         """The same at the teacher's layout: its replicas share the micro-batches of all the student's replicas."""
-        assert self.routes is not None, "a layout of its own comes with routes"
-        routes, config = self.routes, self.model.config
+        layout, config = routes.layout, self.model.config
         jobs = gather_jobs(micro_batches)
         shares = deal(len(jobs), routes.readers)
         most = max(len(share) for share in shares)
@@ -89,14 +85,7 @@ class Teacher:
         batches = as_micro_batches(
             [jobs[number] for number in numbers],
             length_multiple=parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1,
-            at_least=most if shares_experts(self.model, parallel) else 0,
+            at_least=most if self.model.hf.experts is not None and parallel.shares_experts else 0,
         )
         rows = forward_hidden(self.model.modules, batches, self._pick) if batches else []
         return dict(zip(numbers, rows, strict=False))
-
-
-def shares_experts(model: LoadedModel, parallel: ParallelConfig) -> bool:
-    """Whether data-parallel replicas share experts, so that each must bring as many micro-batches as the others."""
-    tensor = parallel.tensor_model_parallel_size
-    experts_over = (parallel.expert_tensor_parallel_size or tensor) * parallel.expert_model_parallel_size
-    return model.hf.experts is not None and tensor % experts_over != 0

@@ -115,7 +115,7 @@ def _state_bytes(hf: HFModelConfig, parallel: ParallelConfig, world_size: int, *
 def test_recipe(recipe: str) -> None:
     words = _words(recipe)
     config, world_size = _flags(words), _world_size(words)
-    student, teacher = _of_directory(config.models.student), _of_directory(config.models.teacher)
+    student, teacher = _of_directory(config.models.student), _of_directory(config.models.teacher[0])
     parallel = config.parallel
     of_teacher = config.teacher_parallel.resolve(parallel) or parallel
     check_layout(student, parallel)
@@ -149,5 +149,5 @@ def test_words_and_variables_of_the_caller_win() -> None:
         check=True,
     ).stdout.splitlines()
     config = _flags(words)
-    assert (config.models.student, config.models.teacher, config.checkpoint.save) == ("a", "b", "out/checkpoints")
+    assert (config.models.student, config.models.teacher, config.checkpoint.save) == ("a", ["b"], "out/checkpoints")
     assert _world_size(words) == 16

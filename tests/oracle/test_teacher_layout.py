@@ -38,6 +38,13 @@ CASES: dict[str, tuple[str, tuple[str, ...]]] = {
         ),
     ),
     "DP4 for TP4": ("llama", ("--tensor-model-parallel-size=4", "--teacher-tensor-model-parallel-size=1")),
+    "PP2 for CP2TP2SP": (
+        "llama",
+        (
+            *("--context-parallel-size=2", "--tensor-model-parallel-size=2", "--sequence-parallel"),
+            *("--teacher-tensor-model-parallel-size=2", "--teacher-pipeline-model-parallel-size=2"),
+        ),
+    ),
     "EP4 for TP2EP2SP": (
         "qwen3_moe",
         (
@@ -72,7 +79,8 @@ def run_case(root: Path, case: str) -> None:
         "--logits-chunk-bytes=65536",
         *flags,
     ]
-    cli.run(["score", f"--rollout-data={root / 'seven.jsonl'}", f"--output={root / case}.parquet", *both])
+    packed = ["--packed-sequences"] if "CP2" in case else []  # and side by side in training
+    cli.run(["score", f"--rollout-data={root / 'seven.jsonl'}", f"--output={root / case}.parquet", *both, *packed])
     cli.run(
         [
             *("train", "--rollout-engine=file", f"--rollout-data={root / 'eight.jsonl'}"),

@@ -6,16 +6,52 @@ from pathlib import Path
 
 import pytest
 
+from megatron_taopd.errors import ConfigError
 from megatron_taopd.platform import distributed
-from megatron_taopd.platform.layout import ParallelConfig
+from megatron_taopd.platform.layout import ParallelConfig, TeacherLayout
+from megatron_taopd.platform.layouts import SecondLayout
 
 TASKS = Path("/proc/self/task")
+
+
+def sizes() -> tuple[int, int, int]:
+    return (
+        distributed.tensor_parallel_group().size(),
+        distributed.pipeline_parallel_size(),
+        distributed.data_parallel_size(),
+    )
+
+
+def second_layouts() -> None:
+    """Runs in both ranks."""
+    distributed.initialize(ParallelConfig(tensor_model_parallel_size=2), seed=1)
+    try:
+        first = sizes()
+        second = SecondLayout(ParallelConfig(pipeline_model_parallel_size=2))
+        third = SecondLayout(ParallelConfig())
+        for layout, wanted in ((second, (1, 2, 1)), (third, (1, 1, 2)), (second, (1, 2, 1))):
+            with layout.in_force():
+                assert sizes() == wanted
+            assert sizes() == first == (2, 1, 1)
+        with pytest.raises(KeyError), second.in_force():
+            raise KeyError
+        assert sizes() == first
+        with pytest.raises(ConfigError, match="teacher-tensor-model-parallel-size 3"):
+            SecondLayout(TeacherLayout(tensor_model_parallel_size=3))
+        assert sizes() == first
+    finally:
+        distributed.shutdown()
+
+
+def test_second_layouts_are_in_force_inside_their_blocks(pool) -> None:
+    pool(2).run(second_layouts)
 
 
 def threads_after_each_layout() -> list[int]:
     counts = []
     for tensor_parallel in (2, 1, 2, 1):
         distributed.initialize(ParallelConfig(tensor_model_parallel_size=tensor_parallel), seed=1)
+        SecondLayout(ParallelConfig(pipeline_model_parallel_size=tensor_parallel))
         distributed.shutdown()
         counts.append(len(list(TASKS.iterdir())))
     return counts

@@ -86,12 +86,12 @@ def built(root: Path, teacher_dtype: str | None, bf16: bool) -> dict[str, object
     distributed.initialize(parallel, seed=1)
     try:
         models = ModelPairConfig(
-            student=str(root / "student"), teacher=str(root / "teacher"), teacher_dtype=teacher_dtype
+            student=str(root / "student"), teacher=[str(root / "teacher")], teacher_dtype=teacher_dtype
         )
         pair = load_pair(models, parallel, PrecisionConfig(bf16=bf16), train_student=True)
         student = wrap_student(pair, use_distributed_optimizer=False, bf16=bf16)
         optimizer = build_optimizer(OptimizationConfig(), student, bf16=bf16)
-        teacher = list(pair.teacher.model.module.parameters())
+        teacher = list(pair.teachers[0].model.module.parameters())
         theirs = {p.untyped_storage().data_ptr() for p in teacher}
         groups = [p for group in optimizer.param_groups for p in group["params"]]
         buffers = [*student.buffers, *student.expert_parallel_buffers]
