@@ -89,8 +89,8 @@ def built(root: Path, teacher_dtype: str | None, bf16: bool) -> dict[str, object
             student=str(root / "student"), teacher=[str(root / "teacher")], teacher_dtype=teacher_dtype
         )
         pair = load_pair(models, parallel, PrecisionConfig(bf16=bf16), train_student=True)
-        student = wrap_student(pair, use_distributed_optimizer=False, bf16=bf16)
-        optimizer = build_optimizer(OptimizationConfig(), student, bf16=bf16)
+        (student,) = wrap_student(pair, use_distributed_optimizer=False, bf16=bf16)
+        optimizer = build_optimizer(OptimizationConfig(), [student], bf16=bf16)
         teacher = list(pair.teachers[0].model.module.parameters())
         theirs = {p.untyped_storage().data_ptr() for p in teacher}
         groups = [p for group in optimizer.param_groups for p in group["params"]]
