@@ -41,7 +41,7 @@ JOBS = {
     ),
     "loss": Job(
         "bench_loss.py",
-        "--shapes 512,512,1024,32768 --rounds 2 --logits-chunk-bytes 16777216",
+        "--shapes 256,512,1024,32768 --rounds 2 --logits-chunk-bytes 8388608",
         "--rounds 5",
     ),
     "tp": Job(
