@@ -80,6 +80,8 @@ def read_recipe(args: argparse.Namespace) -> TrainConfig:
             args.pipeline_model_parallel_size > 1
         ),
         "--context-parallel-size": args.context_parallel_size > 1,
+        "--packed-sequences": config.packing.packed_sequences,
+        "several --teacher (each would need micro-batches of its own)": len(config.models.teacher) > 1,
         "--fp16": args.fp16,
         "--overlap-grad-reduce, --overlap-param-gather (scoring calls the student between its backward passes)": (
             args.overlap_grad_reduce or args.overlap_param_gather
@@ -195,15 +197,7 @@ def main() -> None:
     made: list[ModelPair] = []  # `pretrain` builds the model first and asks for the data afterwards
 
     def model_provider(**unused: Any) -> torch.nn.Module:
-        made.append(
-            load_pair(
-                config.models,
-                config.parallel,
-                config.precision,
-                train_student=True,
-                teacher_parallel=config.teacher_parallel,
-            )
-        )
+        made.append(load_pair(config.models, config.parallel, config.precision, train_student=True))
         return made[0].student.module
 
     def datasets(num_samples: Any) -> tuple[ScoredBatches, None, None]:
