@@ -61,6 +61,15 @@ LAYOUTS = (
         2,
         ("--pipeline-model-parallel-size", "2", "--num-virtual-stages-per-pipeline-rank", "2"),
     ),
+    Layout(
+        "CP2PP2VPP2packed",
+        4,
+        (
+            *("--context-parallel-size", "2", "--pipeline-model-parallel-size", "2"),
+            *("--num-virtual-stages-per-pipeline-rank", "2", "--packed-sequences"),
+        ),
+    ),
+    Layout("CP2EP2", 2, ("--context-parallel-size", "2", "--expert-model-parallel-size", "2")),
     Layout("packed", 1, ("--packed-sequences", "--max-packed-length=40")),
     Layout("CP2packed", 2, ("--context-parallel-size", "2", "--packed-sequences")),
     Layout(

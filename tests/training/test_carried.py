@@ -20,6 +20,7 @@ CUTS: dict[str, tuple[int, int, tuple[str, ...]]] = {
     "tp2-sp": (2, 2, ("--tensor-model-parallel-size=2", "--sequence-parallel")),
     "pp2": (2, 1, ("--pipeline-model-parallel-size=2",)),
     "dp2": (2, 2, ()),
+    "cp2-packed": (2, 2, ("--context-parallel-size=2", "--packed-sequences")),
 }
 ASKED = 0.15
 
