@@ -73,6 +73,16 @@ def test_yaml_is_layered_under_flags(tmp_path: Path) -> None:
     assert config.logging.log_dir is None
 
 
+def test_teachers_of_the_command_line_replace_those_of_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text("student: a\nteacher: [math=b, code=c]\nprompt-data: p.jsonl\n")
+    words = ["--config", str(path)]
+    config = cli.parse(TrainConfig, words, name="train")
+    assert config.models.named_teachers() == [("math", "b"), ("code", "c")]
+    config = cli.parse(TrainConfig, [*words, "--teacher", "d/e=f"], name="train")
+    assert config.models.named_teachers() == [(None, "d/e=f")]
+
+
 def test_resolved_configuration_reads_back(tmp_path: Path) -> None:
     words = [
         "--student=a",

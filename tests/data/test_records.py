@@ -96,6 +96,15 @@ def test_bad_line_is_named(tmp_path: Path, line: object, wanted: tuple[str, ...]
         assert word in message
 
 
+def test_one_teacher_with_a_name_need_not_be_named(tmp_path: Path) -> None:
+    path = write_lines(tmp_path / "r.jsonl", GOOD, {**GOOD, "teacher": "math"})
+    assert [r.extra.get("teacher") for r in read_rollouts(path, teachers=["math"])] == [None, "math"]
+    with pytest.raises(DataError, match=r"r\.jsonl:1: no 'teacher'.*math, code"):
+        read_rollouts(path, teachers=["math", "code"])
+    with pytest.raises(DataError, match=r"r\.jsonl:2: 'teacher' is 'math'.*code"):
+        read_rollouts(path, teachers=["code"])
+
+
 def test_bad_file(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="nowhere.jsonl"):
         read_rollouts(tmp_path / "nowhere.jsonl")

@@ -90,3 +90,24 @@ def test_scores_gradient_and_metrics(pool, root: Path, expected, case: str) -> N
         assert metrics[f"teacher/{name}/keep_ratio"] == pytest.approx(sum(kept for _, kept in own) / len(own))
         wanted = sum(row["kl_forward"] for row, _ in own) / len(own)
         assert metrics[f"teacher/{name}/kl_forward"] == pytest.approx(wanted, rel=1e-3)
+
+
+def generate_and_train(root: Path) -> None:
+    cli.run(
+        [
+            *("train", f"--student={root / 'student'}", f"--prompt-data={root / 'prompts.jsonl'}"),
+            *(f"--teacher=math={root / 'teacher'}", f"--teacher=code={root / 'other'}", "--max-response-length=6"),
+            *("--train-iters=1", "--global-batch-size=6", "--micro-batch-size=2", f"--log-dir={root / 'generated'}"),
+        ]
+    )
+
+
+def test_prompts_name_the_teacher_of_their_responses(pool, root: Path) -> None:
+    names = ["code", "math", "code"]
+    lines = [json.dumps({"prompt_tokens": [5 + i, 9], "teacher": name}) for i, name in enumerate(names)]
+    (root / "prompts.jsonl").write_text("\n".join(lines) + "\n")
+    pool(1).run(generate_and_train, root)
+    metrics = json.loads((root / "generated" / "metrics.jsonl").read_text())
+    kept = [metrics[f"teacher/{name}/num_kept_tokens"] for name in ("math", "code")]
+    assert sum(kept) == metrics["num_kept_tokens"] > 0
+    assert metrics["teacher/math/kl_forward"] > 0 < metrics["teacher/code/kl_forward"]
