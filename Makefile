@@ -1,7 +1,7 @@
 # make demo    distil a small real model, start to finish, on this machine
 # make test    all tests
 # make test-latest  what Megatron can break, on the newest megatron-core that is supported (below), whatever the Python
-# make bench   this project against its peers, short form (BENCH_ARGS=--full for the figures in docs/benchmarks.md)
+# make bench   this project against its peers, short form (BENCH_ARGS=--full: all shapes, hours)
 # make check   lint, formatting, types (no tests)
 # make format  rewrite the formatting
 #
@@ -20,6 +20,7 @@ TORCH ?= torch==2.13.0
 TORCH_PIP_ARGS ?=
 PIP_ARGS ?=
 VENV ?= .venv
+BENCH_ARGS ?= --short
 
 # The newest end of setup.py's range. Its wheel asks for Python 3.12 and runs on 3.11 as well; without a GPU it needs
 # triton all the same, which torch's CPU wheels leave out.
@@ -78,6 +79,7 @@ $(VENV)/.bench: $(VENV)/.dev $(VENV)/.demo benchmarks/requirements.txt
 	@touch $@
 
 bench: $(VENV)/.bench
+	test -d build/quickstart/student || $(BIN)/python examples/quickstart/prepare.py --out build/quickstart
 	$(BIN)/python benchmarks/run.py $(BENCH_ARGS)
 
 check: $(VENV)/.dev
