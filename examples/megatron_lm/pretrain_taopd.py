@@ -65,7 +65,10 @@ def read_recipe(args: argparse.Namespace) -> TrainConfig:
     ours = {field.name for room in OURS for field in dataclasses.fields(rooms[room])}
     foreign = sorted(key for key in keys if key.replace("-", "_") not in ours)
     if foreign:
-        raise ConfigError(f"{args.taopd_config}: {', '.join(foreign)}: Megatron's own flags say that in this loop, or it has no such setting")
+        raise ConfigError(
+            f"{args.taopd_config}: {', '.join(foreign)}: Megatron's own flags say that in this loop, "
+            "or the loop has no such setting"
+        )
     words = ["--config", args.taopd_config]
     for name in SHARED:
         if getattr(args, name) is not None:
