@@ -57,6 +57,7 @@ JOBS = {
         "--processes 1 --batch 4 --response-length 32 --steps 1 --rounds 1",
         "--processes 1 2 --batch 16 --response-length 128 --steps 3 --rounds 2",
     ),
+    "carried": Job("bench_carried.py", "--batch 4 --response-length 16 --steps 2", ""),
     "rollout": Job(
         "bench_rollout.py",
         "--batch 4 --new-tokens 16 --rounds 2",
@@ -91,7 +92,7 @@ def main() -> None:
     length.add_argument("--short", action="store_true", help="reduced shapes")
     length.add_argument("--full", action="store_true", help="the shapes of the documentation")
     parser.add_argument("--only", nargs="+", choices=list(JOBS), default=list(JOBS), help="benchmarks to run")
-    parser.add_argument("--models", type=Path, default=None, help="student and teacher of the step benchmark")
+    parser.add_argument("--models", type=Path, default=None, help="made by examples/quickstart/prepare.py")
     parser.add_argument("--threads", type=int, default=None, help="of torch in every process (default: each script's)")
     parser.add_argument("--out", type=Path, default=Path("build/benchmarks"), help="folder of the results")
     args = parser.parse_args()
@@ -103,7 +104,7 @@ def main() -> None:
     tables = [common.Table(**table) for table in earlier if table["name"] != "targets"]
     for name in args.only:
         words = shlex.split(JOBS[name].short if args.short else JOBS[name].full)
-        if name == "step" and args.models is not None:
+        if name in ("step", "carried") and args.models is not None:
             words += ["--models", str(args.models)]
         if args.threads is not None and name != "convert":  # which is about files
             words += ["--threads", str(args.threads)]
