@@ -97,6 +97,14 @@ def test_step_of_both_sides(tiny_models: Path, tmp_path: Path):
     assert [0 < step["tokens"] <= 8 for step in row["steps"]] == [True]
 
 
+def test_carried_beside_global(tiny_models: Path, tmp_path: Path):
+    words = ["--models", str(tiny_models), "--batch", "4", "--response-length", "8", "--steps", "2"]
+    (table,) = script("bench_carried.py", *words, out=tmp_path / "c.json")
+    runs = {row["run"]: row for row in table["rows"]}
+    assert runs["global"]["ratio"] == 1 and runs["global"]["agreement"] is None
+    assert 0 <= runs["carried"]["agreement"] <= 1 and runs["carried"]["score"] > 0
+
+
 def test_stop_token_that_is_not_there_is_refused(tiny_models: Path, tmp_path: Path):
     with pytest.raises(SystemExit, match="no special token <x>"):
         bench_step.without_stops(tiny_models / "student", tmp_path / "copy", "<x>")
