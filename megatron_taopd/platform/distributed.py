@@ -112,7 +112,21 @@ def _leave_model_parallel_groups() -> None:
         close_groups(second_layouts.pop().groups())
     close_groups(state._global_process_group_list)
     state.destroy_model_parallel()
+    _release_wrapped_models()
     gc.collect()  # modules of the last layout hold groups in reference cycles
+
+
+def _release_wrapped_models() -> None:
+    """Let models of the layout that is left go, and with them its groups.
+
+    Megatron's DDP holds the nodes that accumulate gradients, and their hooks hold DDP: a circle through C++ that the
+    garbage collector does not see.
+    """
+    from megatron.core.distributed import DistributedDataParallel
+
+    for candidate in gc.get_objects():
+        if type(candidate) is DistributedDataParallel:
+            candidate.grad_accs.clear()
 
 
 def close_groups(groups: Sequence[dist.ProcessGroup | None] | None) -> None:
