@@ -26,23 +26,14 @@ def _one_thread_and_importable() -> Iterator[None]:
         yield
 
 
-MANY_THREADS = 250
-
-
 @pytest.fixture(scope="session")
 def pool() -> Iterator[Callable[[int], WorkerPool]]:
-    """``pool(n)`` gives the session's ``n`` gloo ranks; each size starts once.
-
-    Ranks that have gathered many threads are started anew: Megatron's DDP and the hooks of its gradients hold each
-    other through C++, so that the groups of a layout with training in it, a few threads each, may never be freed.
-    """
+    """``pool(n)`` gives the session's ``n`` gloo ranks; each size starts once."""
     pools: dict[int, WorkerPool] = {}
 
     def get(world_size: int) -> WorkerPool:
         if world_size not in pools:
             pools[world_size] = WorkerPool(world_size)
-        elif pools[world_size].num_threads > MANY_THREADS:
-            pools[world_size].close()
         return pools[world_size]
 
     yield get

@@ -117,16 +117,21 @@ def _leave_model_parallel_groups() -> None:
 
 
 def _release_wrapped_models() -> None:
-    """Let models of the layout that is left go, and with them its groups.
+    """Empty Megatron's DDP around models of the layout that is left, so that these and their groups are freed.
 
-    Megatron's DDP holds the nodes that accumulate gradients, and their hooks hold DDP: a circle through C++ that the
-    garbage collector does not see.
+    The hook on a parameter's gradient holds DDP and the parameter. DDP holds the hook's node; so does, through the
+    graph of a view, the shard that the distributed optimizer hangs on the parameter. These circles lead through C++,
+    where the garbage collector does not see them.
     """
     from megatron.core.distributed import DistributedDataParallel
+    from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 
+    RotaryEmbedding.forward.cache_clear()  # its keys hold modules and context-parallel groups
     for candidate in gc.get_objects():
-        if type(candidate) is DistributedDataParallel:
-            candidate.grad_accs.clear()
+        if type(candidate) is DistributedDataParallel and "module" in candidate._modules:
+            for parameter in candidate.parameters():
+                vars(parameter).clear()
+            vars(candidate).clear()
 
 
 def close_groups(groups: Sequence[dist.ProcessGroup | None] | None) -> None:

@@ -65,12 +65,6 @@ class WorkerPool:
         name = getattr(fn, "__qualname__", repr(fn))
         return self._collect(self.timeout, f"{name} on {self.world_size} ranks")
 
-    @property
-    def num_threads(self) -> int:
-        """Threads of the first rank; 0 where it does not run or the system does not tell."""
-        tasks = f"/proc/{self._processes[0].pid}/task" if self._processes else ""
-        return len(os.listdir(tasks)) if os.path.isdir(tasks) else 0
-
     def close(self) -> None:
         """End the processes. The pool may be used again afterwards."""
         for pipe in self._pipes:

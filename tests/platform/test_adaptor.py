@@ -51,7 +51,7 @@ def test_streams_and_events():
         end.record()
     torch.cuda.current_stream().wait_stream(torch.cuda.default_stream())
     torch.cuda.synchronize()
-    assert 0 < start.elapsed_time(end) < 60_000
+    assert 0 < start.elapsed_time(end) < 1000
 
 
 def test_installing_twice_changes_nothing():

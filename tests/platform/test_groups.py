@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 
+from megatron_taopd import cli
 from megatron_taopd.errors import ConfigError
 from megatron_taopd.platform import distributed
 from megatron_taopd.platform.layout import ParallelConfig, TeacherLayout
 from megatron_taopd.platform.layouts import SecondLayout
+from megatron_taopd.testing.tiny_models import save_tiny_hf_model
 
 TASKS = Path("/proc/self/task")
 
@@ -61,4 +64,35 @@ def threads_after_each_layout() -> list[int]:
 def test_no_thread_outlives_a_layout(pool) -> None:
     """gloo keeps a thread a group; a process that changes layouts must not gather them."""
     for counts in pool(2).run(threads_after_each_layout):
+        assert counts[-1] <= counts[0], counts
+
+
+def threads_after_each_run(student: str, teacher: str, rollouts: str, flags: list[str]) -> list[int]:
+    counts = []
+    for _ in range(3):
+        cli.run(
+            [
+                *("train", "--student", student, "--teacher", teacher, "--rollout-engine", "file"),
+                *("--rollout-data", rollouts, "--max-response-length", "16", "--train-iters", "1", "--lr", "0.1"),
+                *("--global-batch-size", "4", "--micro-batch-size", "2", *flags),
+            ]
+        )
+        distributed.initialize(ParallelConfig(), seed=1)  # leaves the layout of the run
+        counts.append(len(list(TASKS.iterdir())))
+    return counts
+
+
+@pytest.mark.skipif(not TASKS.exists(), reason="counts threads in /proc")
+@pytest.mark.parametrize(
+    ("family", "flags"),
+    [("qwen3", ["--use-distributed-optimizer"]), ("qwen3_moe", ["--optimizer", "sgd"])],
+)
+def test_no_thread_outlives_a_training_run(pool, tmp_path: Path, family: str, flags: list[str]) -> None:
+    """DDP, gradient hooks and the distributed optimizer's shards hold each other where no garbage collector looks."""
+    for seed, name in enumerate(("student", "teacher")):
+        save_tiny_hf_model(tmp_path / name, family, num_layers=2, seed=seed)
+    lines = [{"id": str(i), "prompt_tokens": [5, 6, 7 + i], "response_tokens": [9, 10 + i, 11]} for i in range(4)]
+    (tmp_path / "rollouts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    paths = [str(tmp_path / name) for name in ("student", "teacher", "rollouts.jsonl")]
+    for counts in pool(2).run(threads_after_each_run, *paths, flags):
         assert counts[-1] <= counts[0], counts
