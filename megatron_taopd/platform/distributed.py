@@ -128,7 +128,8 @@ def _release_wrapped_models() -> None:
 
     RotaryEmbedding.forward.cache_clear()  # its keys hold modules and context-parallel groups
     for candidate in gc.get_objects():
-        if type(candidate) is DistributedDataParallel and "module" in candidate._modules:
+        # one that was emptied before, and is still held by somebody, has nothing left
+        if type(candidate) is DistributedDataParallel and "module" in vars(candidate).get("_modules", ()):
             for parameter in candidate.parameters():
                 vars(parameter).clear()
             vars(candidate).clear()
