@@ -22,6 +22,10 @@ def long_description() -> str:
     return readme.read_text(encoding="utf-8") if readme.exists() else ""
 
 
+REPORT = ["matplotlib>=3.8", "pandas>=2.2", "scipy>=1.13", "statsmodels>=0.14.2"]
+EVAL = ["math-verify==0.9.0", "reasoning-gym==0.1.25"]  # pinned, so that prompts and verdicts stay the same
+
+
 setup(
     name="megatron_taopd",
     version=version(),
@@ -58,11 +62,14 @@ setup(
         "demo": [
             "gguf>=0.17",
             "accelerate>=1.0",  # transformers loads GGUF files through it
-            "reasoning-gym==0.1.25",  # prompts; pinned, so that they stay the same
+            "reasoning-gym==0.1.25",  # prompts
             "matplotlib>=3.8",
         ],
-        "eval": ["lm-eval==0.4.13", "math-verify==0.9.0"],
+        "report": REPORT,
+        "eval": [*EVAL, "lm-eval==0.4.13"],
         "dev": [
+            *REPORT,
+            *EVAL,
             "pytest>=8",
             "ruff==0.17.6",  # formats and lints differ between releases
             "mypy==2.4.1",
