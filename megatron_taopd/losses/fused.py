@@ -16,9 +16,7 @@ import torch
 
 from megatron_taopd.losses.functions import LossInputs, RowLosses
 from megatron_taopd.ops.collectives import all_gather, all_reduce_sum
-from megatron_taopd.ops.tiles import row_blocks, rows_of_block
-
-_FAR_BELOW = -1e30  # stands for the maximum over no ids
+from megatron_taopd.ops.tiles import FAR_BELOW, row_blocks, rows_of_block
 
 
 @dataclass(kw_only=True)
@@ -56,7 +54,7 @@ class _Normalisers(NamedTuple):
 
 def _maximum(logits_RV: torch.Tensor) -> torch.Tensor:
     if logits_RV.shape[-1] == 0:
-        return logits_RV.new_full(logits_RV.shape[:1], _FAR_BELOW)
+        return logits_RV.new_full(logits_RV.shape[:1], FAR_BELOW)
     return logits_RV.amax(-1)
 
 

@@ -13,7 +13,7 @@ import torch
 from megatron_taopd.ops.collectives import Group, group_rank
 from megatron_taopd.ops.tiles import slices
 
-DEFAULT_LOGITS_CHUNK_BYTES = 256 * 2**20
+DEFAULT_LOGITS_CHUNK_BYTES = 64 * 2**20
 
 _CAST_ROWS = 4096
 

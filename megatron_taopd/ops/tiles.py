@@ -7,6 +7,9 @@ from dataclasses import dataclass
 
 import torch
 
+FAR_BELOW = -1e30
+"""Stands for the maximum over no ids: its sums vanish, and no NaN comes of it."""
+
 _MAX_ROWS = 1024  # a matrix product gains nothing from more
 _WIDE = 4096  # ids of a tile below which rows are given up rather than width
 _CACHED_VALUES = 2**19  # of one buffer, for a pass over a block of rows on CPU

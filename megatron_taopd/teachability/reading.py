@@ -15,7 +15,7 @@ import torch
 from megatron_taopd.ops.candidates import ABSENT_ID, block_maxima, find_candidates, order_best_first, padded_width
 from megatron_taopd.ops.collectives import Group, all_gather
 from megatron_taopd.ops.head import HeadShard
-from megatron_taopd.ops.tiles import TilePlan, row_blocks, rows_of_block
+from megatron_taopd.ops.tiles import FAR_BELOW, TilePlan, row_blocks, rows_of_block
 from megatron_taopd.teachability.softmax_sums import (
     NUM_SUMS,
     CompiledSoftmaxSums,
@@ -23,8 +23,6 @@ from megatron_taopd.teachability.softmax_sums import (
     SoftmaxSums,
     combine_sums,
 )
-
-_FAR_BELOW = -1e30  # stands for the maximum over no ids: its sums vanish, and no NaN comes of it
 
 
 class Candidates(NamedTuple):
@@ -200,7 +198,7 @@ class LogitReader:
 
     def _no_sums(self, num_rows: int, device: torch.device) -> torch.Tensor:
         sums = torch.zeros(NUM_SUMS, num_rows, dtype=torch.float64, device=device)
-        sums[:2] = _FAR_BELOW
+        sums[:2] = FAR_BELOW
         return sums
 
 
