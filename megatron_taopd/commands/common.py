@@ -11,6 +11,7 @@ from typing import Any
 
 import yaml
 
+from megatron_taopd.commands.run_record import record_start, record_warnings
 from megatron_taopd.config_file import flat_values
 from megatron_taopd.platform import distributed
 from megatron_taopd.platform.layout import ParallelConfig
@@ -45,7 +46,11 @@ def configure_logging() -> None:
 
 
 def announce(config: Any, title: str, save_to: str | None = None) -> dict[str, Any]:
-    """Print the resolved configuration on rank 0 (and write it as YAML that ``--config`` reads); returns it flat."""
+    """Print the resolved configuration on rank 0; returns it flat.
+
+    Args:
+        save_to: where to write it as YAML that ``--config`` reads, with the versions in use, and from now on warnings.
+    """
     values = flat_values(config)
     if distributed.rank() == 0:
         text = yaml.safe_dump(values, sort_keys=False)
@@ -57,4 +62,6 @@ def announce(config: Any, title: str, save_to: str | None = None) -> dict[str, A
         if save_to is not None:
             Path(save_to).mkdir(parents=True, exist_ok=True)
             (Path(save_to) / "config.yaml").write_text(text, encoding="utf-8")
+            record_start(save_to)
+            record_warnings(save_to)
     return values
