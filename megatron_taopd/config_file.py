@@ -61,21 +61,40 @@ def read_config_file(path: str | Path, config_type: type, *, instead: Sequence[s
         return []
     if not isinstance(content, dict):
         raise ConfigError(f"--config {path} must be a mapping of flag names to values, not {type(content).__name__}")
-    flags = flag_fields(config_type)
     given = {word.split("=")[0].removeprefix("--").replace("-", "_") for word in instead if word.startswith("--")}
-    words: list[str] = []
+    named = flag_names(content, config_type, where=f"--config {path}")
+    return [
+        word
+        for name, value in named.items()
+        if name not in given
+        for word in as_words(name, value, where=f"--config {path}")
+    ]
+
+
+def flag_names(content: dict[Any, Any], config_type: type, *, where: str) -> dict[str, Any]:
+    """The mapping with its keys as field names.
+
+    Raises:
+        ConfigError: a key is no flag of ``config_type``; the message begins with ``where`` and has the nearest names.
+    """
+    flags = flag_fields(config_type)
+    named: dict[str, Any] = {}
     for key, value in content.items():
         name = str(key).replace("-", "_")
         if name not in flags:
             near = difflib.get_close_matches(name, flags, n=3, cutoff=0.5)
             hint = f"; did you mean {' or '.join(near)}?" if near else f"; known keys: {', '.join(sorted(flags))}"
-            raise ConfigError(f"--config {path}: unknown key {key!r}{hint}")
-        if name not in given:
-            words += _as_words(path, name, value)
-    return words
+            raise ConfigError(f"{where}: unknown key {key!r}{hint}")
+        named[name] = value
+    return named
 
 
-def _as_words(path: str | Path, name: str, value: Any) -> list[str]:
+def as_words(name: str, value: Any, *, where: str) -> list[str]:
+    """The command-line words of a YAML value; none for null.
+
+    Raises:
+        ConfigError: the value is of a kind that no flag has.
+    """
     flag = "--" + name.replace("_", "-")
     if value is None:
         return []
@@ -87,4 +106,4 @@ def _as_words(path: str | Path, name: str, value: Any) -> list[str]:
         return [word for item in value for word in (flag, str(item))]
     if isinstance(value, str | int | float):
         return [f"{flag}={value}"]
-    raise ConfigError(f"--config {path}: {name} has a value of type {type(value).__name__}; use a plain value")
+    raise ConfigError(f"{where}: {name} has a value of type {type(value).__name__}; use a plain value")

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from megatron_taopd.cli import parse
 from megatron_taopd.commands.common import announce, ranks
 from megatron_taopd.config import TrainConfig
+
+if TYPE_CHECKING:
+    from megatron_taopd.training.hooks.base import Hook
 
 logger = logging.getLogger(__name__)
 
@@ -19,9 +23,12 @@ def train(words: Sequence[str]) -> None:
         run_training(config)
 
 
-def run_training(config: TrainConfig) -> None:
-    """Train as configured; process groups exist. Everything that can be refused is refused before any step."""
-    from megatron_taopd.training.hooks.base import Hook
+def run_training(config: TrainConfig, *, further_hooks: Sequence[Hook] = ()) -> None:
+    """Train as configured; process groups exist. Everything that can be refused is refused before any step.
+
+    Args:
+        further_hooks: called after those that the configuration asks for.
+    """
     from megatron_taopd.training.hooks.checkpoint import CheckpointHook, ExportHook
     from megatron_taopd.training.hooks.console import ConsoleHook
     from megatron_taopd.training.hooks.metrics_file import MetricsFileHook
@@ -82,7 +89,7 @@ def run_training(config: TrainConfig) -> None:
         optimizer=optimizer,
         scheduler=scheduler,
         source=source,
-        hooks=hooks,
+        hooks=[*hooks, *further_hooks],
         state=state,
     )
     trainer.fit()
