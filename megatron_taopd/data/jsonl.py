@@ -27,7 +27,7 @@ def read_objects(path: str | Path, *, what: str) -> Iterator[tuple[str, dict[str
                 if not line.strip():
                     continue
                 empty = False
-                yield f"{path}:{number}", _parse(line, f"{path}:{number}")
+                yield f"{path}:{number}", parse_object(line, f"{path}:{number}")
     except OSError as error:
         raise DataError(f"cannot read {what} from {path}: {error.strerror}") from error
     except UnicodeDecodeError as error:
@@ -36,7 +36,12 @@ def read_objects(path: str | Path, *, what: str) -> Iterator[tuple[str, dict[str
         raise DataError(f"{path} is empty: it must hold {what}, one JSON object a line")
 
 
-def _parse(line: str, where: str) -> dict[str, Any]:
+def parse_object(line: str, where: str) -> dict[str, Any]:
+    """The object on a line.
+
+    Raises:
+        DataError: the line is not one; the message begins with ``where``.
+    """
     try:
         value = json.loads(line)
     except json.JSONDecodeError as error:
