@@ -1,7 +1,7 @@
 # make demo    distil a small real model, start to finish, on this machine
 # make test    all tests
 # make test-latest  what Megatron can break, on the newest megatron-core that is supported (below), whatever the Python
-# make bench   this project against its peers, short form (BENCH_ARGS=--full: all shapes, hours)
+# make bench   this project against its peers, short form (BENCH_ARGS=--full: all shapes, an hour)
 # make check   lint, formatting, types (no tests)
 # make format  rewrite the formatting
 #

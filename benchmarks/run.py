@@ -1,7 +1,7 @@
 """All benchmarks, one process after the other, and the table of targets.
 
     python benchmarks/run.py --short    under ten minutes on two cores
-    python benchmarks/run.py --full     the shapes of docs/benchmarks.md; hours, on a machine that does nothing else
+    python benchmarks/run.py --full     the shapes of docs/benchmarks.md; about an hour on two cores
 
 Writes results.md and results.json; what is there of an earlier run is replaced, benchmark by benchmark.
 """
@@ -37,12 +37,12 @@ JOBS = {
     "score": Job(
         "bench_score.py",
         "--shapes 512,512,1024,32768 512,576,576,49152 --rounds 3 --floor-rows 128 512",
-        "--rounds 7",
+        "--rounds 3",
     ),
     "loss": Job(
         "bench_loss.py",
         "--shapes 256,512,1024,32768 --rounds 2 --logits-chunk-bytes 8388608",
-        "--rounds 5",
+        "--rounds 2",
     ),
     "tp": Job(
         "bench_tp.py", "--shapes 256,128,256,8192 256,128,256,16384 --ranks 1 2 4 --rounds 2", "--support-k 8 16"
@@ -50,18 +50,18 @@ JOBS = {
     "growth": Job(
         "bench_growth.py",
         "--base 256,64,128,16384 --factors 1 2 4 --ranks 1 2 --rounds 2",
-        "--rounds 5",
+        "--rounds 3",
     ),
     "step": Job(
         "bench_step.py",
         "--processes 1 --batch 4 --response-length 32 --steps 1 --rounds 1",
-        "--processes 1 2 --batch 16 --response-length 128 --steps 3 --rounds 2",
+        "--processes 1 2 --batch 8 --response-length 64 --steps 2 --rounds 1",
     ),
     "carried": Job("bench_carried.py", "--batch 4 --response-length 16 --steps 2", ""),
     "rollout": Job(
         "bench_rollout.py",
         "--batch 4 --new-tokens 16 --rounds 2",
-        "--batch 16 --new-tokens 64 --rounds 5",
+        "--batch 16 --new-tokens 48 --rounds 3",
     ),
     "convert": Job("bench_convert.py", "--gigabytes 0.6", "--gigabytes 2"),
 }
