@@ -8,11 +8,14 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
 from megatron_taopd.errors import ConfigError
+
+if TYPE_CHECKING:
+    from megatron_taopd.platform.layout import ParallelConfig
 
 _NAMED = re.compile(r"(?P<name>[A-Za-z0-9_.-]+)=(?P<path>.+)")
 
@@ -127,6 +130,29 @@ class BatchConfig:
         for name in ("micro_batch_size", "global_batch_size", "train_iters"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"--{name.replace('_', '-')} {getattr(self, name)} must be at least 1")
+
+    def per_replica(self, parallel: ParallelConfig, replicas: int) -> int:
+        """Responses a step of each data-parallel replica.
+
+        Raises:
+            ConfigError: the batch does not divide over the replicas and micro-batches, or virtual stages cannot deal
+                the micro-batches.
+        """
+        whole, micro = self.global_batch_size, self.micro_batch_size
+        if whole % (replicas * micro):
+            raise ConfigError(
+                f"--global-batch-size {whole} must be a multiple of --micro-batch-size {micro} x {replicas} "
+                f"data-parallel replicas = {replicas * micro}"
+            )
+        local = whole // replicas
+        virtual, stages = parallel.num_virtual_stages_per_pipeline_rank, parallel.pipeline_model_parallel_size
+        if virtual is not None and local // micro % stages:
+            raise ConfigError(
+                f"--num-virtual-stages-per-pipeline-rank {virtual} wants a multiple of --pipeline-model-parallel-size "
+                f"{stages} micro-batches, and --global-batch-size {whole} gives each of {replicas} replicas "
+                f"{local // micro} of --micro-batch-size {micro}; make it a multiple of {replicas * micro * stages}"
+            )
+        return local
 
 
 @dataclass(kw_only=True)

@@ -14,7 +14,6 @@ import numpy
 import torch
 import torch.distributed as dist
 
-from megatron_taopd.errors import ConfigError
 from megatron_taopd.platform import backend, device, enable, has_cuda
 from megatron_taopd.platform.layout import ParallelConfig
 
@@ -58,25 +57,7 @@ def check_world_size(config: ParallelConfig) -> None:
     Raises:
         ConfigError: as :func:`initialize`.
     """
-    world_size = dist.get_world_size()
-    flag = config.flag
-    if world_size % config.model_parallel_size:
-        raise ConfigError(
-            f"{world_size} ranks cannot hold whole models of {flag('tensor_model_parallel_size')} "
-            f"{config.tensor_model_parallel_size} x {flag('pipeline_model_parallel_size')} "
-            f"{config.pipeline_model_parallel_size} x --context-parallel-size {config.context_parallel_size} = "
-            f"{config.model_parallel_size} ranks each; start a "
-            f"multiple of {config.model_parallel_size} ranks (torchrun --nproc-per-node) or change the layout"
-        )
-    if world_size % config.expert_parallel_size:
-        tensor = config.expert_tensor_parallel_size or config.tensor_model_parallel_size
-        raise ConfigError(
-            f"{world_size} ranks cannot hold whole sets of experts of {flag('expert_tensor_parallel_size')} {tensor} x "
-            f"{flag('expert_model_parallel_size')} {config.expert_model_parallel_size} x "
-            f"{flag('pipeline_model_parallel_size')} "
-            f"{config.pipeline_model_parallel_size} = {config.expert_parallel_size} ranks each; start a multiple of "
-            f"{config.expert_parallel_size} ranks or change the layout"
-        )
+    config.check_world_size(dist.get_world_size())
 
 
 def lay_out(config: ParallelConfig) -> None:

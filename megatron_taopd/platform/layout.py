@@ -108,6 +108,29 @@ class ParallelConfig:
         tensor = self.expert_tensor_parallel_size or self.tensor_model_parallel_size
         return tensor * self.expert_model_parallel_size * self.pipeline_model_parallel_size
 
+    def check_world_size(self, world_size: int) -> None:
+        """Refuse a number of ranks that this layout does not divide.
+
+        Raises:
+            ConfigError: not a multiple of TP x PP x CP, or of ETP x EP x PP.
+        """
+        tensor_flag, stages_flag = self.flag("tensor_model_parallel_size"), self.flag("pipeline_model_parallel_size")
+        if world_size % self.model_parallel_size:
+            raise ConfigError(
+                f"{world_size} ranks cannot hold whole models of {tensor_flag} {self.tensor_model_parallel_size} x "
+                f"{stages_flag} {self.pipeline_model_parallel_size} x --context-parallel-size "
+                f"{self.context_parallel_size} = {self.model_parallel_size} ranks each; start a multiple of "
+                f"{self.model_parallel_size} ranks (torchrun --nproc-per-node) or change the layout"
+            )
+        if world_size % self.expert_parallel_size:
+            tensor = self.expert_tensor_parallel_size or self.tensor_model_parallel_size
+            raise ConfigError(
+                f"{world_size} ranks cannot hold whole sets of experts of {self.flag('expert_tensor_parallel_size')} "
+                f"{tensor} x {self.flag('expert_model_parallel_size')} {self.expert_model_parallel_size} x "
+                f"{stages_flag} {self.pipeline_model_parallel_size} = {self.expert_parallel_size} ranks each; start a "
+                f"multiple of {self.expert_parallel_size} ranks or change the layout"
+            )
+
     @property
     def shares_experts(self) -> bool:
         """Whether data-parallel replicas may hold different experts, or different shards of them."""

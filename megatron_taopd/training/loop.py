@@ -19,9 +19,9 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron_taopd.config import TrainConfig
 from megatron_taopd.data.batches import MicroBatch
 from megatron_taopd.data.records import Rollout
-from megatron_taopd.errors import ConfigError
 from megatron_taopd.platform import distributed
 from megatron_taopd.platform.layout import ParallelConfig
+from megatron_taopd.run_config import BatchConfig
 from megatron_taopd.training.batching import replica_micro_batches
 from megatron_taopd.training.carried import CarriedScope
 from megatron_taopd.training.forward import run_schedule
@@ -49,25 +49,10 @@ def local_batch_size(global_batch_size: int, micro_batch_size: int, parallel: Pa
     """Responses a step on this data-parallel rank.
 
     Raises:
-        ConfigError: the batch does not divide over the replicas and micro-batches, or virtual stages cannot deal the
-            micro-batches.
+        ConfigError: see :meth:`BatchConfig.per_replica`.
     """
-    replicas = distributed.data_parallel_size()
-    if global_batch_size % (replicas * micro_batch_size):
-        raise ConfigError(
-            f"--global-batch-size {global_batch_size} must be a multiple of --micro-batch-size {micro_batch_size} x "
-            f"{replicas} data-parallel replicas = {replicas * micro_batch_size}"
-        )
-    local = global_batch_size // replicas
-    virtual, stages = parallel.num_virtual_stages_per_pipeline_rank, parallel.pipeline_model_parallel_size
-    if virtual is not None and local // micro_batch_size % stages:
-        raise ConfigError(
-            f"--num-virtual-stages-per-pipeline-rank {virtual} wants a multiple of --pipeline-model-parallel-size "
-            f"{stages} micro-batches, and --global-batch-size {global_batch_size} gives each of {replicas} replicas "
-            f"{local // micro_batch_size} of --micro-batch-size {micro_batch_size}; make it a multiple of "
-            f"{replicas * micro_batch_size * stages}"
-        )
-    return local
+    batch = BatchConfig(global_batch_size=global_batch_size, micro_batch_size=micro_batch_size)
+    return batch.per_replica(parallel, distributed.data_parallel_size())
 
 
 def wrap_student(pair: ModelPair, *, use_distributed_optimizer: bool, bf16: bool) -> list[DistributedDataParallel]:
