@@ -4,9 +4,11 @@ from megatron_taopd.teachability.carried import CarriedEstimate
 from megatron_taopd.teachability.selection import Selection, SelectionConfig, select
 from megatron_taopd.teachability.selectors import SELECTORS, Ranking, ScoredPositions
 from megatron_taopd.teachability.statistics import (
+    Support,
     SupportMode,
     TokenStatistics,
     concat_statistics,
+    statistics_by_support,
     token_statistics,
 )
 
@@ -17,9 +19,11 @@ __all__ = [
     "ScoredPositions",
     "Selection",
     "SelectionConfig",
+    "Support",
     "SupportMode",
     "TokenStatistics",
     "concat_statistics",
     "select",
+    "statistics_by_support",
     "token_statistics",
 ]

@@ -52,6 +52,10 @@ class Reading(NamedTuple):
     kl_reverse: torch.Tensor
     kl_forward: torch.Tensor
 
+    def narrowed(self, k: int) -> Reading:
+        """The same with the k best ids of either model alone."""
+        return Reading(*(column[:, :k] if column.ndim == 2 else column for column in self))
+
 
 def bytes_per_row(k: int, ranks: int) -> int:
     """Bytes that a rank receives a row: from every other rank both candidate lists and the sums, in fp32."""

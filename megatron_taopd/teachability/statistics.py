@@ -20,15 +20,20 @@ from megatron_taopd.ops.vocab import check_support_size
 from megatron_taopd.teachability.reading import LogitReader, Reading, bytes_per_row
 
 __all__ = [
+    "Support",
     "SupportMode",
     "TokenStatistics",
     "bytes_per_row",
     "check_token_ids",
     "concat_statistics",
+    "statistics_by_support",
     "token_statistics",
 ]
 
 SupportMode = Literal["exact", "upstream"]
+
+Support = tuple[int, SupportMode]
+"""K and the mode in which D and C are taken."""
 
 UPSTREAM_MISSING = 1e-12
 """What the released code takes for a probability that is missing from a model's own top-K list."""
@@ -116,19 +121,55 @@ def token_statistics(
             compiler.
         DataError: a response token is outside the common vocabulary.
     """
+    by_support = statistics_by_support(
+        student_hidden_RH,
+        teacher_hidden_RH,
+        token_ids_R,
+        student_head,
+        teacher_head,
+        supports=[(k, support_mode)],
+        temperature=temperature,
+        logits_chunk_bytes=logits_chunk_bytes,
+        compiled=compiled,
+    )
+    return by_support[k, support_mode]
+
+
+@torch.no_grad()
+def statistics_by_support(
+    student_hidden_RH: torch.Tensor,
+    teacher_hidden_RH: torch.Tensor,
+    token_ids_R: torch.Tensor,
+    student_head: HeadShard,
+    teacher_head: HeadShard,
+    *,
+    supports: Sequence[Support],
+    temperature: float = 1.0,
+    logits_chunk_bytes: int = DEFAULT_LOGITS_CHUNK_BYTES,
+    compiled: bool = False,
+) -> dict[Support, TokenStatistics]:
+    """:func:`token_statistics` for several K and modes from one pass over the logits: smaller supports are the first
+    ids of the largest.
+
+    Args:
+        supports: pairs of K and mode, at least one.
+    """
     student_head.check_lines_up_with(teacher_head)
-    check_support_size(k, student_head.vocab_size)
+    for k, _ in supports:
+        check_support_size(k, student_head.vocab_size)
     if not temperature > 0:
         raise ConfigError(f"temperature {temperature} must be positive: logits are divided by it")
     check_token_ids(token_ids_R, student_head.vocab_size)
     num_rows = token_ids_R.numel()
     plan = TilePlan.within(logits_chunk_bytes, num_rows=num_rows, num_ids=student_head.weight.shape[0])
-    reader = LogitReader(student_head, teacher_head, plan, k=k, temperature=temperature, compiled=compiled)
-    parts = []
+    widest = max(k for k, _ in supports)
+    reader = LogitReader(student_head, teacher_head, plan, k=widest, temperature=temperature, compiled=compiled)
+    parts: dict[Support, list[TokenStatistics]] = {support: [] for support in supports}
     for rows in plan.row_slices(num_rows):
         reading = reader.read(student_hidden_RH[rows], teacher_hidden_RH[rows], token_ids_R[rows])
-        parts.append(_to_statistics(reading, token_ids_R[rows], support_mode, reader.dtype))
-    return concat_statistics(parts)
+        for k, mode in parts:
+            parts[k, mode].append(_to_statistics(reading.narrowed(k), token_ids_R[rows], mode, reader.dtype))
+    return {support: concat_statistics(chunks) for support, chunks in parts.items()}
 
 
 def check_token_ids(token_ids_R: torch.Tensor, vocab_size: int) -> None:

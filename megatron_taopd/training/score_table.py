@@ -51,6 +51,19 @@ def gather_score_table(scored: ScoredRows, selection: Selection, rollouts: Seque
         **{name: getattr(scored.statistics, name) for name in STATISTIC_COLUMNS},
         **{name: getattr(selection, name) for name in SELECTION_COLUMNS},
     }
+    merged = gather_columns(columns)
+    if merged is None:
+        return None
+    ids = [rollouts[i].id for i in merged.pop("sample_index")]
+    return pa.table({"id": ids, **merged})
+
+
+def gather_columns(columns: dict[str, torch.Tensor]) -> dict[str, np.ndarray] | None:
+    """All ranks' rows, ordered by their ``sample_index`` and ``position``; last-stage ranks call it together.
+
+    Returns:
+        The columns on one rank of the job (first tensor-, data- and context-parallel rank), None on the others.
+    """
     local = {name: tensor.cpu().numpy() for name, tensor in columns.items()}
     group = distributed.row_group()
     writer = group.rank() == 0
@@ -60,9 +73,7 @@ def gather_score_table(scored: ScoredRows, selection: Selection, rollouts: Seque
         return None
     merged = {name: np.concatenate([part[name] for part in parts]) for name in local}
     order = np.lexsort((merged["position"], merged["sample_index"]))
-    sample_index = merged.pop("sample_index")[order]
-    ids = [rollouts[i].id for i in sample_index]
-    return pa.table({"id": ids, **{name: values[order] for name, values in merged.items()}})
+    return {name: values[order] for name, values in merged.items()}
 
 
 def write_score_table(table: pa.Table, path: str | Path) -> None:

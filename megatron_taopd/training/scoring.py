@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Protocol, TypeVar
 
 import torch
 
@@ -22,6 +23,22 @@ from megatron_taopd.teachability import (
 from megatron_taopd.training.forward import forward_hidden, pick_rows
 from megatron_taopd.training.offload import HeldRows
 from megatron_taopd.training.pair import ModelPair
+
+Read = TypeVar("Read")
+Read_co = TypeVar("Read_co", covariant=True)
+
+
+class Reader(Protocol[Read_co]):
+    """Makes something of a micro-batch's rows from both models' hidden states; last-stage ranks call it together."""
+
+    @property
+    def pair(self) -> ModelPair:
+        """The models that are read."""
+
+    def __call__(
+        self, micro_batch: MicroBatch, student_hidden_RH: torch.Tensor, teacher_hidden_RH: torch.Tensor
+    ) -> Read_co:
+        """Rows [R, H] of either model."""
 
 
 @dataclass(kw_only=True)
@@ -107,17 +124,17 @@ def read_teacher(pair: ModelPair, micro_batches: Sequence[MicroBatch], *, on_hos
 
 
 def score_micro_batches(
-    reader: RowReader,
+    reader: Reader[Read],
     student_modules: Sequence[torch.nn.Module],
     micro_batches: Sequence[MicroBatch],
     teacher_rows: Sequence[HeldRows],
-) -> list[TokenStatistics]:
-    """Statistics of every response position, micro-batch by micro-batch; an empty list off the last stage.
+) -> list[Read]:
+    """What is read of every response position, micro-batch by micro-batch; an empty list off the last stage.
 
     The student makes a forward pass; its hidden states are held for one micro-batch at a time.
     """
 
-    def score(teacher: Iterator[HeldRows], micro_batch: MicroBatch, hidden_SBH: torch.Tensor) -> TokenStatistics:
+    def score(teacher: Iterator[HeldRows], micro_batch: MicroBatch, hidden_SBH: torch.Tensor) -> Read:
         student_RH = pick_rows(hidden_SBH, micro_batch.row_index_R, reader.pair.student.config)
         return reader(micro_batch, student_RH, next(teacher).read())
 
@@ -138,19 +155,22 @@ def score_from_rollout(
     return parts
 
 
-def score_in_groups(
-    reader: RowReader,
+def read_in_groups(
+    reader: Reader[Read],
     micro_batches: Sequence[MicroBatch],
     *,
     group_size: int,
     progress: Callable[[int, int], None] | None = None,
-) -> ScoredRows | None:
-    """Statistics of many micro-batches, with the teacher's rows of ``group_size`` of them held at a time.
+) -> list[Read]:
+    """Read many micro-batches, with the teacher's rows of ``group_size`` of them held at a time.
 
     Args:
         progress: called with micro-batches done and in all, after each group.
+
+    Returns:
+        What was read of each; an empty list off the last stage.
     """
-    parts: list[TokenStatistics] = []
+    parts: list[Read] = []
     # Replicas whose shares differ by one may have another number of groups, and all of them read the teacher.
     for start in range(0, distributed.most_of_replicas(len(micro_batches)), group_size):
         group = micro_batches[start : start + group_size]
@@ -159,6 +179,18 @@ def score_in_groups(
             parts += score_micro_batches(reader, reader.pair.student.modules, group, teacher_rows)
         if progress is not None:
             progress(start + len(group), len(micro_batches))
+    return parts
+
+
+def score_in_groups(
+    reader: RowReader,
+    micro_batches: Sequence[MicroBatch],
+    *,
+    group_size: int,
+    progress: Callable[[int, int], None] | None = None,
+) -> ScoredRows | None:
+    """Statistics of many micro-batches by :func:`read_in_groups`; None off the last stage."""
+    parts = read_in_groups(reader, micro_batches, group_size=group_size, progress=progress)
     return collect_rows(micro_batches, parts)
 
 
