@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from megatron_taopd.data.config import DataConfig
 from megatron_taopd.errors import ConfigError
 from megatron_taopd.losses import LossConfig
+from megatron_taopd.monitor_config import MonitorConfig
 from megatron_taopd.platform.layout import ParallelConfig, TeacherParallelConfig
 from megatron_taopd.rollout.config import RolloutConfig
 from megatron_taopd.run_config import (
@@ -26,6 +27,7 @@ from megatron_taopd.run_config import (
     ScoringConfig,
 )
 from megatron_taopd.teachability import SelectionConfig
+from megatron_taopd.teachability.phases import PhaseConfig
 
 
 @dataclass(kw_only=True)
@@ -36,6 +38,8 @@ class TrainConfig:
     data: DataConfig = field(default_factory=DataConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     selection: SelectionConfig = field(default_factory=SelectionConfig)
+    phases: PhaseConfig = field(default_factory=PhaseConfig)
+    monitor: MonitorConfig = field(default_factory=MonitorConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     scoring: ScoringConfig = field(default_factory=ScoringConfig)
     batch: BatchConfig = field(default_factory=BatchConfig)
@@ -69,6 +73,8 @@ class TrainConfig:
             )
         self.packing.check_micro_batch_size(self.batch.micro_batch_size)
         self.scoring.resolve_temperature(self.rollout.temperature)
+        self.phases.check_against(self.selection)
+        self.monitor.check_against(self.selection, log_dir=self.logging.log_dir)
         self._check_score_from()
 
     def _check_score_from(self) -> None:

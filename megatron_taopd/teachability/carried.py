@@ -21,7 +21,7 @@ from megatron_taopd.ops.order import descending_key, distributed_quantiles, firs
 from megatron_taopd.teachability.config import SelectionConfig
 from megatron_taopd.teachability.hashing import uniform_hash
 from megatron_taopd.teachability.ranking import RankedRows, first_in_sample, rank_rows
-from megatron_taopd.teachability.selection import Selection, keep_budget, lowest, select, summarise
+from megatron_taopd.teachability.selection import Selection, bounds_in_use, keep_budget, lowest, select, summarise
 from megatron_taopd.teachability.statistics import TokenStatistics
 
 CROWDED_SCORES = (-1, 0, 1)
@@ -181,17 +181,12 @@ def select_by_estimate(
         H_norm=rows.H_norm,
         score=rows.score,
         keep=keep,
-        summary={"carried_cut": estimate.cut, **summarise(statistics, rows, keep, group)},
+        summary={
+            "carried_cut": estimate.cut,
+            **{f"carried_{name}": value for name, value in bounds_in_use(rows).items()},
+            **summarise(statistics, keep, config, group),
+        },
     )
-
-
-@torch.no_grad()
-def agreement(keep: torch.Tensor, other: torch.Tensor, group: Group) -> float:
-    """Rows that two masks [R] both keep over the mean number that they keep, on all ranks; 1 where neither keeps
-    any."""
-    counts = torch.stack([(keep & other).sum(), keep.sum() + other.sum()])
-    both, either = all_reduce_sum(counts, group).tolist()
-    return 2 * both / either if either else 1.0
 
 
 def cut_value(rows: RankedRows) -> torch.Tensor:

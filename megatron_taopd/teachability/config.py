@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 from megatron_taopd.errors import ConfigError
 from megatron_taopd.registry import resolve
@@ -93,6 +93,22 @@ class SelectionConfig:
             raise ConfigError(f"--carried-decay {self.carried_decay} must be in [0, 1); 1 would never learn anything")
         if self.carried_agreement_interval is not None and self.carried_agreement_interval < 1:
             raise ConfigError(f"--carried-agreement-interval {self.carried_agreement_interval} must be at least 1")
+
+    def with_selector(self, selector: str) -> SelectionConfig:
+        """The same budget for another selector, without the flags that have no effect there."""
+        dropped: dict[str, Any] = {}
+        if selector == "full":
+            dropped |= dict.fromkeys(("keep_ratio", "min_keep_per_sample"))
+        if selector in SELECTORS and selector not in USES_COMPATIBILITY:
+            dropped |= dict.fromkeys(("compatibility_scale",))
+        if selector in READS_NO_STATISTICS:
+            dropped |= dict.fromkeys(("carried_decay", "carried_agreement_interval"))
+        return replace(self, selector=selector, **dropped)
+
+    @property
+    def scales_compatibility(self) -> bool:
+        """Whether the score has C, scaled by its quantiles."""
+        return self.selector in USES_COMPATIBILITY and self.compatibility_scale != "raw"
 
     @property
     def resolved_carried_decay(self) -> float:

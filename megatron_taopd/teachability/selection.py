@@ -42,7 +42,7 @@ class Selection:
     summary: dict[str, float]
     """The same on every rank: num_valid, num_budget (positions the ratio allows), num_kept, keep_ratio,
     threshold (lowest score within the budget), {D,C,H}_q05 and _q95, low_C_share (C < 0.5), low_D_share (D <
-    0.1 nats), teacher_top5_share (response tokens among the teacher's best five)."""
+    0.1 nats), teacher_top5_share (response tokens among the teacher's best five, or best K below 5)."""
 
 
 @torch.no_grad()
@@ -94,21 +94,29 @@ def select(
         summary={
             "num_budget": float(budget),
             "threshold": lowest(rows.score[within_budget], group),
-            **summarise(statistics, rows, keep, group),
+            **bounds_in_use(rows),
+            **summarise(statistics, keep, config, group),
         },
     )
 
 
-def summarise(statistics: TokenStatistics, rows: RankedRows, keep: torch.Tensor, group: Group) -> dict[str, float]:
-    """Figures of the whole batch, the same on every rank: counts, the bounds in use, and shares that tell when scores
-    mean little."""
+def bounds_in_use(rows: RankedRows) -> dict[str, float]:
+    """The quantiles that scaled the rows."""
+    lower = {f"{name}_q05": low for name, (low, _) in rows.bounds.items()}
+    return lower | {f"{name}_q95": high for name, (_, high) in rows.bounds.items()}
+
+
+def summarise(
+    statistics: TokenStatistics, keep: torch.Tensor, config: SelectionConfig, group: Group
+) -> dict[str, float]:
+    """Figures of the whole batch, the same on every rank: counts, and shares that tell when scores mean little."""
     counts = torch.stack(
         [
             torch.tensor(keep.numel(), device=keep.device),
             keep.sum(),
             (statistics.C < LOW_COMPATIBILITY).sum(),
             (statistics.D < LOW_DIVERGENCE).sum(),
-            (statistics.rank_in_teacher < TEACHER_TOP).sum(),
+            (statistics.rank_in_teacher < min(TEACHER_TOP, config.support_k)).sum(),
         ]
     )
     num_valid, num_kept, low_c, low_d, in_top = all_reduce_sum(counts, group).tolist()
@@ -117,8 +125,6 @@ def summarise(statistics: TokenStatistics, rows: RankedRows, keep: torch.Tensor,
         "num_valid": float(num_valid),
         "num_kept": float(num_kept),
         "keep_ratio": num_kept / valid,
-        **{f"{name}_q05": low for name, (low, _) in rows.bounds.items()},
-        **{f"{name}_q95": high for name, (_, high) in rows.bounds.items()},
         "low_C_share": low_c / valid,
         "low_D_share": low_d / valid,
         "teacher_top5_share": in_top / valid,

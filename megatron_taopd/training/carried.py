@@ -14,12 +14,12 @@ from megatron_taopd.data.batches import MicroBatch
 from megatron_taopd.platform import distributed
 from megatron_taopd.teachability import CarriedEstimate, Selection, TokenStatistics
 from megatron_taopd.teachability.carried import (
-    agreement,
     keep_by_estimate,
     keep_without_statistics,
     select_by_estimate,
     update_estimate,
 )
+from megatron_taopd.teachability.overlap import agreement
 from megatron_taopd.teachability.selectors import READS_NO_STATISTICS
 from megatron_taopd.training.forward import pick_rows
 from megatron_taopd.training.offload import HeldRows
@@ -38,12 +38,12 @@ class CarriedScope:
     an estimate makes its first step as ``global``; selectors that read no statistics are exact and carry nothing.
     """
 
-    def __init__(self, exact: GlobalScope, saved: dict[str, Any] | None) -> None:
+    def __init__(self, exact: GlobalScope, saved: dict[str, Any]) -> None:
         """Start with an estimate saved by :meth:`state`, or without."""
         self.exact = exact
         self.config: TrainConfig = exact.config
         self.carries = self.config.selection.selector not in READS_NO_STATISTICS
-        self.estimate = self._restore(saved) if self.carries else None
+        self.estimate = self._restore(saved.get("carried")) if self.carries else None
         self.micro_batches: list[MicroBatch] = []
         self.parts: list[TokenStatistics] = []
 
@@ -65,14 +65,17 @@ class CarriedScope:
             outcome = self.exact.after(step=step)
         else:
             outcome = self._collect(step)
-        if self.carries:
-            self._update(outcome.scored, step)
+        self.observe(outcome, step=step)
         return outcome
 
-    def state(self) -> dict[str, Any] | None:
+    def observe(self, outcome: Outcome, *, step: int) -> None:
+        if self.carries:
+            self._update(outcome.scored, step)
+
+    def state(self) -> dict[str, Any]:
         if self.estimate is None:
-            return None
-        return {"settings": self._settings(), "estimate": self.estimate.as_dict()}
+            return {}
+        return {"carried": {"settings": self._settings(), "estimate": self.estimate.as_dict()}}
 
     def _choose(
         self,
@@ -117,7 +120,7 @@ class CarriedScope:
         """What the loss function scored and kept, as one selection with the figures of the batch."""
         scored = collect_rows(self.micro_batches, self.parts)
         selection = None if scored is None else self._selection(scored, step)
-        return Outcome(scored=scored, selection=selection, student_scoring_forwards=0)
+        return Outcome(scored=scored, selection=selection, asked=self.config.selection, student_scoring_forwards=0)
 
     def _selection(self, scored: ScoredRows, step: int) -> Selection:
         settings = self.config.selection

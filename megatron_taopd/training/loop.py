@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from megatron.core.distributed import (
@@ -23,12 +23,13 @@ from megatron_taopd.platform import distributed
 from megatron_taopd.platform.layout import ParallelConfig
 from megatron_taopd.run_config import BatchConfig
 from megatron_taopd.training.batching import replica_micro_batches
-from megatron_taopd.training.carried import CarriedScope
 from megatron_taopd.training.forward import run_schedule
 from megatron_taopd.training.hooks.base import Hook
 from megatron_taopd.training.metrics import step_metrics
+from megatron_taopd.training.monitor import Monitor
 from megatron_taopd.training.pair import ModelPair
-from megatron_taopd.training.scopes import GlobalScope, SelectionScope
+from megatron_taopd.training.phases import open_scope
+from megatron_taopd.training.scopes import Outcome, SelectionScope
 from megatron_taopd.training.sources import ResponseSource
 from megatron_taopd.training.step import DistillationForwardStep
 
@@ -41,8 +42,8 @@ class TrainState:
 
     iteration: int = 0
     consumed_samples: int = 0
-    carried: dict[str, Any] | None = None
-    """What ``--selection-scope carried`` knows of earlier steps, as it was when the run started or resumed."""
+    selection: dict[str, Any] = field(default_factory=dict)
+    """What the selection knows of earlier steps, as it was when the run started or resumed."""
 
 
 def local_batch_size(global_batch_size: int, micro_batch_size: int, parallel: ParallelConfig) -> int:
@@ -105,9 +106,11 @@ class Trainer:
             temperature=self.temperature,
             logits_chunk_bytes=config.scoring.logits_chunk_bytes,
         )
-        exact = GlobalScope(config, pair, student, temperature=self.temperature)
-        carried = config.selection.selection_scope == "carried"
-        self.scope: SelectionScope = CarriedScope(exact, self.state.carried) if carried else exact
+        self.scope: SelectionScope = open_scope(
+            config, pair, student, temperature=self.temperature, saved=self.state.selection
+        )
+        self.monitor = Monitor(config, pair)
+        self.last_step: tuple[list[Rollout], Outcome] | None = None
         model_config = pair.student.config
         model_config.finalize_model_grads_func = finalize_model_grads
         model_config.grad_scale_func = optimizer.scale_loss
@@ -149,6 +152,7 @@ class Trainer:
         if updated:
             self.scheduler.step(increment=self.config.batch.global_batch_size)
         outcome = self.scope.after(step=step_number)
+        self.last_step = rollouts, outcome
         trained = time.perf_counter()
 
         self.state.iteration += 1
@@ -158,7 +162,7 @@ class Trainer:
             rollouts=rollouts,
             teachers=self.pair.given_names,
             outcome=outcome,
-            keep_ratio_asked=self.config.selection.resolved_keep_ratio,
+            monitor=self.monitor,
             reports=reports,
             loss_normalization=self.config.loss.loss_normalization,
             learning_rate=learning_rate,
@@ -186,5 +190,4 @@ class Trainer:
     def state_dict(self) -> dict[str, Any]:
         """Plain values that a checkpoint keeps beside weights and optimizer."""
         counts = {"iteration": self.state.iteration, "consumed_samples": self.state.consumed_samples}
-        carried = self.scope.state()
-        return counts if carried is None else {**counts, "carried": carried}
+        return {**counts, "selection": self.scope.state()}

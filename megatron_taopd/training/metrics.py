@@ -11,6 +11,7 @@ import torch
 
 from megatron_taopd.data.records import Rollout
 from megatron_taopd.platform import device, distributed
+from megatron_taopd.training.monitor import Monitor
 from megatron_taopd.training.scopes import Outcome
 from megatron_taopd.training.scoring import ScoredRows
 
@@ -33,7 +34,7 @@ def step_metrics(
     rollouts: Sequence[Rollout],
     teachers: Sequence[str],
     outcome: Outcome,
-    keep_ratio_asked: float,
+    monitor: Monitor,
     reports: Sequence[dict[str, torch.Tensor]],
     loss_normalization: str,
     learning_rate: float,
@@ -47,7 +48,7 @@ def step_metrics(
         rollouts: responses of this replica.
         teachers: names of the teachers, where they have some.
         outcome: what was scored and kept on this rank.
-        keep_ratio_asked: the budget of the configuration.
+        monitor: reads figures of the selection.
         reports: what the loss function reported, a dictionary a micro-batch; empty off the last stage.
         times: seconds of the parts of the step, as this rank saw them; the slowest rank's are reported.
     """
@@ -72,7 +73,7 @@ def step_metrics(
             for name, value in report.items():
                 sums[f"loss/{name}"] = sums.get(f"loss/{name}", 0.0) + float(value)
         sums = _sum_over_rows(sums)
-        summary = {k: float(v) for k, v in selection.summary.items() if isinstance(v, int | float)}
+        summary = {**selection.summary, **monitor.figures(outcome, iteration=iteration)}
     sums, summary = distributed.tell_from_last_stage((sums, summary))
 
     valid, kept = sums["num_valid_tokens"], sums["num_kept_tokens"]
@@ -86,8 +87,10 @@ def step_metrics(
         "num_valid_tokens": valid,
         "num_kept_tokens": kept,
         "keep_ratio": kept / max(valid, 1.0),
-        "keep_ratio_asked": keep_ratio_asked,
+        "keep_ratio_asked": outcome.asked.resolved_keep_ratio,
+        **outcome.phase,
         **{name: sums[name] / max(valid, 1.0) for name in MEAN_STATISTICS},
+        "C_gap": (sums["mean_C"] - sums["mean_C_topk"]) / max(valid, 1.0),
         "kept_kl_forward": sums["kept_kl_forward"] / max(kept, 1.0),
         "response_length": sums["response_tokens"] / max(sums["responses"], 1.0),
         "stop_share": sums["stopped"] / max(sums["responses"], 1.0),
@@ -106,6 +109,7 @@ def step_metrics(
             metrics[name.removeprefix("loss/")] = total / max(kept, 1.0)
     for name, figure in summary.items():
         metrics.setdefault(name, figure)
+    monitor.warn(metrics)
     return metrics
 
 

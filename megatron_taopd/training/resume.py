@@ -40,5 +40,5 @@ def resume(
     return TrainState(
         iteration=loaded.extra_state["iteration"],
         consumed_samples=loaded.extra_state["consumed_samples"],
-        carried=loaded.extra_state.get("carried"),
+        selection=loaded.extra_state["selection"],
     )

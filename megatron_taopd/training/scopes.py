@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
 
 from megatron_taopd.config import TrainConfig
 from megatron_taopd.data.batches import MicroBatch
-from megatron_taopd.teachability import Selection
+from megatron_taopd.teachability import Selection, SelectionConfig
 from megatron_taopd.training.pair import ModelPair, can_offload
 from megatron_taopd.training.scoring import (
     RowReader,
@@ -30,8 +30,12 @@ class Outcome:
 
     scored: ScoredRows | None
     selection: Selection | None
+    asked: SelectionConfig
+    """What chose the positions of this step, on every rank."""
     student_scoring_forwards: int
     """Forward passes over the batch that the student made for scoring alone."""
+    phase: dict[str, float] = field(default_factory=dict)
+    """Metrics that tell, on every rank, which selector was in force, where that can change."""
 
 
 class SelectionScope(Protocol):
@@ -43,8 +47,11 @@ class SelectionScope(Protocol):
     def after(self, *, step: int) -> Outcome:
         """Behind the optimizer step."""
 
-    def state(self) -> dict[str, Any] | None:
-        """Plain values that a checkpoint keeps, the same on every rank; None where nothing outlives a step."""
+    def observe(self, outcome: Outcome, *, step: int) -> None:
+        """Instead of ``before`` and ``after``: learn from a step whose positions another scope has chosen."""
+
+    def state(self) -> dict[str, Any]:
+        """Plain values that a checkpoint keeps, the same on every rank; empty where nothing outlives a step."""
 
 
 class GlobalScope:
@@ -76,7 +83,12 @@ class GlobalScope:
         scored, selection = collect_rows(micro_batches, parts), None
         if scored is not None:
             selection = select_rows(scored, self.config.selection, seed=self.config.seed, step=step)
-        self.outcome = Outcome(scored=scored, selection=selection, student_scoring_forwards=int(not from_rollout))
+        self.outcome = Outcome(
+            scored=scored,
+            selection=selection,
+            asked=self.config.selection,
+            student_scoring_forwards=int(not from_rollout),
+        )
         if scored is None or selection is None:
             return [TrainMicroBatch(tokens=micro_batch) for micro_batch in micro_batches]
         keeps = selection.keep.split(scored.rows_per_micro_batch)
@@ -93,5 +105,8 @@ class GlobalScope:
         outcome, self.outcome = self.outcome, None
         return outcome
 
-    def state(self) -> dict[str, Any] | None:
-        return None
+    def observe(self, outcome: Outcome, *, step: int) -> None:
+        pass
+
+    def state(self) -> dict[str, Any]:
+        return {}

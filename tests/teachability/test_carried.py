@@ -17,13 +17,13 @@ from megatron_taopd.teachability import (
     select,
 )
 from megatron_taopd.teachability.carried import (
-    agreement,
     cut_value,
     keep_by_estimate,
     keep_without_statistics,
     select_by_estimate,
     update_estimate,
 )
+from megatron_taopd.teachability.overlap import agreement
 from megatron_taopd.teachability.ranking import RankedRows
 from megatron_taopd.teachability.selectors import READS_NO_STATISTICS, SELECTORS
 from megatron_taopd.testing import WorkerPool

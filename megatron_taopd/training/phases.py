@@ -1,0 +1,136 @@
+"""The scope of a run: the configured selector's alone, or with a warm-up and a fall-back around it."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from megatron_taopd.config import TrainConfig
+from megatron_taopd.data.batches import MicroBatch
+from megatron_taopd.platform import device
+from megatron_taopd.teachability.phases import Fallback
+from megatron_taopd.training.carried import CarriedScope
+from megatron_taopd.training.pair import ModelPair
+from megatron_taopd.training.scopes import GlobalScope, Outcome, SelectionScope
+from megatron_taopd.training.step import TrainMicroBatch
+
+logger = logging.getLogger(__name__)
+
+
+def open_scope(
+    config: TrainConfig,
+    pair: ModelPair,
+    student: Sequence[torch.nn.Module],
+    *,
+    temperature: float,
+    saved: dict[str, Any],
+) -> SelectionScope:
+    """As the flags say; ``saved`` is what :meth:`SelectionScope.state` gave to a checkpoint, or empty."""
+
+    def scope_of(selector: str, saved: dict[str, Any]) -> SelectionScope:
+        selection = config.selection.with_selector(selector)
+        exact = GlobalScope(replace(config, selection=selection), pair, student, temperature=temperature)
+        return CarriedScope(exact, saved) if selection.selection_scope == "carried" else exact
+
+    phases = config.phases
+    configured = scope_of(config.selection.selector, saved)
+    if not phases.full_selector_warmup_iters and phases.fallback_selector is None:
+        return configured
+    scope = PhasedScope(config, configured, warmup=scope_of("full", {}) if phases.full_selector_warmup_iters else None)
+    if phases.fallback_selector is not None:
+        scope.add_fallback(scope_of(phases.fallback_selector, saved.get("fallback_scope", {})), saved.get("fallback"))
+    return scope
+
+
+class PhasedScope:
+    """Hands each step to one of up to three scopes; the others learn from it what they carry.
+
+    Which one depends on the number of the step and on the shares of the steps before, so that a resumed run goes on as
+    the undisturbed one does.
+    """
+
+    def __init__(self, config: TrainConfig, configured: SelectionScope, warmup: SelectionScope | None) -> None:
+        self.config = config
+        self.configured = configured
+        self.warmup = warmup
+        self.fallback_scope: SelectionScope | None = None
+        self.fallback: Fallback | None = None
+
+    def add_fallback(self, scope: SelectionScope, saved: dict[str, Any] | None) -> None:
+        """With a scope that may take over from now on."""
+        self.fallback_scope = scope
+        self.fallback = Fallback.from_config(self.config.phases)
+        if saved is not None:
+            self.fallback.restore(saved)
+
+    def before(self, micro_batches: Sequence[MicroBatch], *, step: int) -> list[TrainMicroBatch]:
+        return self._in_force(step).before(micro_batches, step=step)
+
+    def after(self, *, step: int) -> Outcome:
+        in_force = self._in_force(step)
+        outcome = in_force.after(step=step)
+        for scope in self._all():
+            if scope is not in_force:
+                scope.observe(outcome, step=step)
+        if self.warmup is not None:
+            outcome.phase["full_selector_warmup"] = float(in_force is self.warmup)
+            if step + 1 == self.config.phases.full_selector_warmup_iters:
+                logger.info("iteration %d: the last one of the warm-up that keeps every position", step + 1)
+        if self.fallback is not None:
+            outcome.phase["fallback"] = float(in_force is self.fallback_scope)
+            self._see(self.fallback, outcome, step)
+        return outcome
+
+    def observe(self, outcome: Outcome, *, step: int) -> None:
+        for scope in self._all():
+            scope.observe(outcome, step=step)
+
+    def state(self) -> dict[str, Any]:
+        state = self.configured.state()
+        if self.fallback is not None and self.fallback_scope is not None:
+            state = {**state, "fallback": self.fallback.state(), "fallback_scope": self.fallback_scope.state()}
+        return state
+
+    def _all(self) -> list[SelectionScope]:
+        return [scope for scope in (self.configured, self.warmup, self.fallback_scope) if scope is not None]
+
+    def _in_force(self, step: int) -> SelectionScope:
+        if self.warmup is not None and step < self.config.phases.full_selector_warmup_iters:
+            return self.warmup
+        if self.fallback_scope is not None and self.fallback is not None and self.fallback.active:
+            return self.fallback_scope
+        return self.configured
+
+    def _see(self, fallback: Fallback, outcome: Outcome, step: int) -> None:
+        """Decide on the next step, on every rank alike."""
+        shares = torch.zeros(2, dtype=torch.float64)
+        if outcome.selection is not None:
+            summary = outcome.selection.summary
+            shares = torch.tensor([summary["teacher_top5_share"], summary["low_C_share"]], dtype=torch.float64)
+        shares = shares.to(device())
+        torch.distributed.all_reduce(shares, op=torch.distributed.ReduceOp.MAX)
+        figures = dict(zip(("top5_share", "low_c_share"), shares.tolist(), strict=True))
+        if not fallback.see(**figures):
+            return
+        names = self.config.phases.fallback_selector, self.config.selection.selector
+        if fallback.active:
+            why = " and ".join(fallback.reasons(**figures))
+            logger.warning(
+                "iteration %d: %s; from the next one on --fallback-selector %s chooses the positions, not %s",
+                step + 1,
+                why,
+                *names,
+            )
+        else:
+            logger.warning(
+                "iteration %d: %.2f%% of the sampled tokens are among the teacher's best five and C is below 0.5 at "
+                "%.2f%% of the positions; the fall-back on %s ends, and --selector %s chooses again",
+                step + 1,
+                100 * figures["top5_share"],
+                100 * figures["low_c_share"],
+                *names,
+            )
