@@ -20,10 +20,16 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "a student's responses to a prompt file, as JSONL",
     ),
     "score": ("megatron_taopd.commands.score:score", "statistics, scores and keep mask of recorded rollouts"),
+    "eval": (
+        "megatron_taopd.commands.eval:evaluate_command",
+        "answer problems with a model, and how many are right",
+    ),
     "convert": (
         "megatron_taopd.commands.convert:convert",
         "checkpoints: Hugging Face to Megatron and back; verify",
     ),
+    "suite": ("megatron_taopd.commands.suite:suite", "methods x budgets x seeds from one file, and their table"),
+    "report": ("megatron_taopd.commands.report:report", "one HTML page about a run, or about a suite of runs"),
     "doctor": ("megatron_taopd.commands.doctor:doctor", "what this machine has, and what will be used"),
 }
 

@@ -1,0 +1,226 @@
+"""The runs of a suite: which there are, their directories, and the configuration of each.
+
+A cell is a method at a budget; a run is a cell with a learning rate and a seed. Nothing here imports Megatron.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, fields, is_dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from megatron_taopd.cli import parse
+from megatron_taopd.config import TrainConfig
+from megatron_taopd.config_file import as_words, flat_values
+from megatron_taopd.errors import ConfigError, DataError, TaopdError
+from megatron_taopd.suite.config import Method, Suite
+from megatron_taopd.suite.measured import fingerprint
+
+HELD_OUT, VALIDATION = "held_out", "validation"
+
+CHANGES_NOTHING = {
+    "log_dir",
+    "save",
+    "load",
+    "export_hf",
+    "save_interval",
+    "log_interval",
+    "distributed_timeout_minutes",
+}
+"""Keys that may differ between two starts of a suite: no number of a run depends on them."""
+
+
+@dataclass(frozen=True, eq=False)
+class Cell:
+    """A method at a budget; its name and budget say which."""
+
+    method: Method
+    budget: float | None
+
+    @property
+    def rates(self) -> tuple[float, ...]:
+        """Learning rates to choose from; empty where it does not train."""
+        return self.method.rates.get(self.budget, ())
+
+    @property
+    def key(self) -> tuple[str, float | None]:
+        """Name of the method and budget."""
+        return self.method.name, self.budget
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Cell) and self.key == other.key
+
+    def __hash__(self) -> int:
+        return hash(self.key)
+
+    def __str__(self) -> str:
+        return self.method.name if self.budget is None else f"{self.method.name} {self.budget:g}"
+
+
+@dataclass(frozen=True)
+class Run:
+    """A cell with a learning rate (None where it does not train) and a seed."""
+
+    cell: Cell
+    rate: float | None
+    seed: int
+
+    @property
+    def id(self) -> str:
+        """Its directory below ``runs``."""
+        parts = [self.cell.method.name]
+        if self.cell.budget is not None:
+            parts.append(f"budget-{self.cell.budget:g}")
+        if self.rate is not None:
+            parts.append(f"lr-{self.rate:g}")
+        return "/".join([*parts, f"seed-{self.seed}"])
+
+    def __str__(self) -> str:
+        rate = "" if self.rate is None else f" lr {self.rate:g}"
+        return f"{self.cell}{rate} seed {self.seed}"
+
+
+class Plan:
+    """All runs of a suite below one directory."""
+
+    def __init__(self, suite: Suite, out: str | Path) -> None:
+        self.suite = suite
+        self.out = Path(out)
+        self._configs: dict[Cell, TrainConfig] = {}
+        self._fingerprints: dict[str, str] = {}
+
+    @cached_property
+    def cells(self) -> list[Cell]:
+        """In the order of the file."""
+        return [Cell(method, budget) for method in self.suite.methods for budget in method.budgets]
+
+    def sweep_runs(self) -> list[Run]:
+        """Runs that learning rates are chosen from; empty without a sweep."""
+        if self.suite.sweep is None:
+            return []
+        seeds = self.suite.sweep.seeds
+        return [Run(cell, rate, seed) for seed in seeds for cell in self.cells for rate in cell.rates]
+
+    def cell_sweep_runs(self, cell: Cell) -> list[Run]:
+        """Those of one cell."""
+        seeds = () if self.suite.sweep is None else self.suite.sweep.seeds
+        return [Run(cell, rate, seed) for rate in cell.rates for seed in seeds]
+
+    def main_runs(self, chosen: Mapping[Cell, float | None]) -> Iterator[Run]:
+        """Runs that the table is made of, of the cells whose learning rate is known; a seed after the other."""
+        for seed in self.suite.seeds:
+            for cell in self.cells:
+                if cell in chosen:
+                    yield Run(cell, chosen[cell], seed)
+
+    def sets_of(self, run: Run) -> list[str]:
+        """What a run is measured on. A seed that only chooses learning rates never sees the held-out set."""
+        sets = []
+        if run.seed in self.suite.seeds:
+            sets.append(HELD_OUT)
+        if self.suite.sweep is not None and run.seed in self.suite.sweep.seeds and run.cell.method.trains:
+            sets.append(VALIDATION)
+        return sets
+
+    def directory(self, run: Run) -> Path:
+        """Where everything of a run is."""
+        return self.out / "runs" / run.id
+
+    def config(self, run: Run) -> TrainConfig:
+        """What `taopd train` is told.
+
+        Raises:
+            ConfigError: a value or combination is refused.
+        """
+        names = {"{seed}": str(run.seed), "{run}": str(self.directory(run))}
+        config: TrainConfig = _filled(self.cell_config(run.cell), names)
+        rate = config.optimization.lr if run.rate is None else run.rate
+        return replace(config, seed=run.seed, optimization=replace(config.optimization, lr=rate))
+
+    def cell_config(self, cell: Cell) -> TrainConfig:
+        """Parsed once, with ``{seed}`` and ``{run}`` in its texts, and some learning rate."""
+        if cell not in self._configs:
+            self._configs[cell] = self._parse(cell)
+        return self._configs[cell]
+
+    def _parse(self, cell: Cell) -> TrainConfig:
+        suite, method = self.suite, cell.method
+        values = {**suite.settings, **method.overrides, "log_dir": "{run}"}
+        if cell.budget is not None:
+            values["keep_ratio"] = cell.budget
+        if cell.rates:
+            values["lr"] = cell.rates[-1]
+        if not method.trains:
+            values["save_interval"] = None
+        elif values.get("save_interval") is not None or suite.keep == "all":
+            values["save"] = values["load"] = "{run}/checkpoints"
+        if method.trains and suite.keep in ("exports", "all"):
+            values["export_hf"] = "{run}/hf"
+        where = f"suite {suite.path}: {cell}"
+        words = [word for name, value in values.items() for word in as_words(name, value, where=where)]
+        try:
+            return parse(TrainConfig, words, name="train")
+        except SystemExit as error:
+            raise ConfigError(f"{where}: taopd train refuses these settings (above)") from error
+        except TaopdError as error:
+            raise ConfigError(f"{where}: {error}") from error
+
+    def check(self) -> None:
+        """Parse the settings of every cell and look for the files of every run, so that nothing is refused hours later.
+
+        Raises:
+            ConfigError: settings are refused, or a model directory is missing.
+            DataError: a data file is missing.
+        """
+        for path in self._measured_files().values():
+            if not Path(path).is_file():
+                raise DataError(f"suite {self.suite.path}: {path} is no file; students are measured on it")
+        for cell in self.cells:
+            sweep = () if self.suite.sweep is None or not cell.rates else self.suite.sweep.seeds
+            for seed in (*self.suite.seeds, *sweep):
+                for rate in cell.rates or (None,):
+                    self._check_paths(Run(cell, rate, seed))
+
+    def _check_paths(self, run: Run) -> None:
+        config = self.config(run)
+        where = f"suite {self.suite.path}: {run}"
+        models = {"student": config.models.student} | {
+            f"teacher {name or ''}".strip(): path for name, path in config.models.named_teachers()
+        }
+        for what, path in models.items():
+            if not Path(path).is_dir():
+                raise ConfigError(f"{where}: {what} {path} is no directory")
+        for what, file in {"prompt_data": config.data.prompt_data, "rollout_data": config.rollout.rollout_data}.items():
+            if file is not None and not Path(file).is_file():
+                raise DataError(f"{where}: {what} {file} is no file")
+
+    def identity(self, run: Run) -> dict[str, Any]:
+        """What a run's numbers depend on: settings, and contents of the data files."""
+        settings = {k: v for k, v in flat_values(self.config(run)).items() if k not in CHANGES_NOTHING}
+        files = {name: path for name, path in self._measured_files().items() if name in self.sets_of(run)}
+        files |= {key: settings[key] for key in ("prompt_data", "rollout_data") if settings[key] is not None}
+        return {"settings": settings, "files": {name: self._fingerprint(path) for name, path in files.items()}}
+
+    def _measured_files(self) -> dict[str, str]:
+        sets = {HELD_OUT: self.suite.held_out, VALIDATION: self.suite.validation}
+        return {name: measured.rollouts for name, measured in sets.items() if measured is not None}
+
+    def _fingerprint(self, path: str) -> str:
+        if path not in self._fingerprints:
+            self._fingerprints[path] = fingerprint(path)
+        return self._fingerprints[path]
+
+
+def _filled(value: Any, names: Mapping[str, str]) -> Any:
+    """A configuration, list or text with the placeholders of its texts filled in."""
+    if isinstance(value, str):
+        for name, text in names.items():
+            value = value.replace(name, text)
+        return value
+    if isinstance(value, list):
+        return [_filled(item, names) for item in value]
+    if is_dataclass(value) and not isinstance(value, type):
+        return replace(value, **{f.name: _filled(getattr(value, f.name), names) for f in fields(value)})
+    return value

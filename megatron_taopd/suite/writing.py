@@ -1,0 +1,113 @@
+"""A table as Markdown, CSV and JSON."""
+
+from __future__ import annotations
+
+import csv
+import io
+from pathlib import Path
+from typing import Any
+
+from megatron_taopd.suite.records import write_json, write_text
+
+# Markdown shows these; CSV and JSON have all.
+SHOWN = ("kl_forward", "tokens_supervised", "wall_time", "peak_memory")
+
+
+def write_table(table: dict[str, Any], directory: str | Path) -> list[Path]:
+    """Write ``table.md``, ``table.csv`` and ``table.json``; returns their paths."""
+    directory = Path(directory)
+    write_json(directory / "table.json", table)
+    write_text(directory / "table.csv", as_csv(table))
+    write_text(directory / "table.md", as_markdown(table))
+    return [directory / name for name in ("table.md", "table.csv", "table.json")]
+
+
+def as_csv(table: dict[str, Any]) -> str:
+    """A line a row of the table; of each measure mean, half width, and the paired difference with its half width."""
+    buffer = io.StringIO()
+    writer = csv.writer(buffer, lineterminator="\n")
+    names = list(table["measures"])
+    parts = ("", "_half_width", "_minus_baseline", "_minus_baseline_half_width")
+    writer.writerow(["method", "budget", "lr", "n", "failed", "missing", *(n + part for n in names for part in parts)])
+    for row in table["rows"]:
+        line: list[Any] = [row["method"], row["budget"], row["lr"], len(row["seeds"])]
+        line += [len(row["failed"]), len(row["missing"])]
+        for name in names:
+            measure = row["measures"][name]
+            versus = measure["versus_baseline"] or {"mean": None, "half_width": None}
+            line += [measure["mean"], measure["half_width"], versus["mean"], versus["half_width"]]
+        writer.writerow(["" if value is None else value for value in line])
+    return buffer.getvalue()
+
+
+def as_markdown(table: dict[str, Any]) -> str:
+    """The table for people, with what it cannot show below."""
+    names = [name for name in SHOWN if name in table["measures"]]
+    baseline = table["baseline"]
+    compared = [n for n in names if baseline is not None and table["measures"][n]["better"] and n in QUALITY]
+    head = ["method", "budget", "lr", "seeds"]
+    for name in names:
+        head.append(_title(name, table["measures"][name]))
+        if name in compared:
+            head.append(f"minus {baseline}")
+    lines = [_line(head), _line(["---"] * len(head))]
+    for row in table["rows"]:
+        budget = "" if row["budget"] is None else f"{100 * row['budget']:g} %"
+        cells = [row["method"], budget, "" if row["lr"] is None else f"{row['lr']:g}", str(len(row["seeds"]))]
+        for name in names:
+            measure = row["measures"][name]
+            cells.append(_interval(name, measure))
+            if name in compared:
+                cells.append(_interval(name, measure["versus_baseline"], sign="+"))
+        lines.append(_line(cells))
+    return "\n".join([*lines, "", *_notes(table)]) + "\n"
+
+
+QUALITY = ("kl_forward",)
+"""Measures whose difference from the baseline is shown."""
+
+
+def _notes(table: dict[str, Any]) -> list[str]:
+    percent = f"{100 * table['confidence']:g} %"
+    notes = [
+        f"Mean ± half width of the {percent} t-interval over seeds, measured on the held-out set. Differences are "
+        "paired: the same seeds of both rows. The intervals are of one comparison each, not corrected for their number."
+    ]
+    runs = table["runs"]
+    if runs["failed"] or runs["missing"]:
+        notes.append(f"{runs['finished']} runs finished, {runs['failed']} failed, {runs['missing']} are not made yet.")
+    for row in table["rows"]:
+        if row["failed"]:
+            name = row["method"] if row["budget"] is None else f"{row['method']} at {100 * row['budget']:g} %"
+            notes.append(f"{name}: failed with the seeds {', '.join(map(str, row['failed']))}.")
+    for cell in (table["sweep"] or {"cells": []})["cells"]:
+        name = cell["method"] if cell["budget"] is None else f"{cell['method']} at {100 * cell['budget']:g} %"
+        if cell["chosen"] is None:
+            notes.append(f"{name}: no learning rate of the sweep finished; there is nothing to report.")
+        elif cell["at_edge"]:
+            notes.append(
+                f"{name}: the best learning rate, {cell['chosen']:g}, is at the end of those tried; a better one may "
+                "lie beyond."
+            )
+    return [line for note in notes for line in (note, "")][:-1]
+
+
+def _title(name: str, measure: dict[str, Any]) -> str:
+    unit = {"bytes": "GiB"}.get(measure["unit"], measure["unit"])
+    return f"{measure['title']} ({unit})" if unit not in ("tokens", "share") else measure["title"]
+
+
+def _interval(name: str, measure: dict[str, Any] | None, *, sign: str = "") -> str:
+    if measure is None or measure["mean"] is None:
+        return ""
+    scale, digits = {"peak_memory": (2.0**-30, 2), "wall_time": (1.0, 1), "tokens_supervised": (1.0, 0)}.get(
+        name, (1.0, 4)
+    )
+    text = f"{scale * measure['mean']:{sign}.{digits}f}"
+    if measure["half_width"] is not None:
+        text += f" ± {scale * measure['half_width']:.{digits}f}"
+    return text
+
+
+def _line(cells: list[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
