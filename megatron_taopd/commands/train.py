@@ -31,6 +31,7 @@ def run_training(config: TrainConfig, *, further_hooks: Sequence[Hook] = ()) -> 
     """
     from megatron_taopd.training.hooks.checkpoint import CheckpointHook, ExportHook
     from megatron_taopd.training.hooks.console import ConsoleHook
+    from megatron_taopd.training.hooks.kept_tokens import KeptTokensHook
     from megatron_taopd.training.hooks.metrics_file import MetricsFileHook
     from megatron_taopd.training.hooks.tensorboard import TensorBoardHook
     from megatron_taopd.training.loop import Trainer, TrainState, local_batch_size, wrap_student
@@ -76,6 +77,7 @@ def run_training(config: TrainConfig, *, further_hooks: Sequence[Hook] = ()) -> 
     hooks: list[Hook] = [ConsoleHook(logging_config.log_interval)]
     if logging_config.log_dir is not None:
         hooks.append(MetricsFileHook(logging_config.log_dir))
+        hooks += KeptTokensHook.asked_for(config)
     if logging_config.tensorboard_dir is not None:
         hooks.append(TensorBoardHook(logging_config.tensorboard_dir))
     if checkpoint.save is not None:
