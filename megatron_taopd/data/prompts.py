@@ -97,7 +97,7 @@ def _from_line(line: dict[str, Any], where: str, index: int, tokenizer: Any | No
             "files there or give 'prompt_tokens'"
         )
     elif messages is not None:
-        tokens = _render(messages, where, tokenizer, kwargs)
+        tokens = render_conversation(messages, where, tokenizer, kwargs)
     else:
         tokens = tokenizer(prompt)["input_ids"]
     if not tokens:
@@ -111,7 +111,18 @@ def _from_line(line: dict[str, Any], where: str, index: int, tokenizer: Any | No
     )
 
 
-def _render(messages: list[dict[str, Any]], where: str, tokenizer: Any, kwargs: dict[str, Any]) -> list[int]:
+def render_conversation(
+    messages: list[dict[str, Any]], where: str, tokenizer: Any, kwargs: dict[str, Any]
+) -> list[int]:
+    """Token ids of a conversation in the chat template, which ends where the assistant begins.
+
+    Args:
+        where: begins the message.
+        kwargs: passed to the template.
+
+    Raises:
+        DataError: the template cannot render it, or ignores one of ``kwargs``.
+    """
     # The template writes the special tokens itself.
     try:
         template = tokenizer.get_chat_template()
