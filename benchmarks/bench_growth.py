@@ -138,7 +138,7 @@ def measure(args: argparse.Namespace) -> list[common.Table]:
     rows.append(grow("scoring", "K", base, args))
     main_table = common.Table(
         name="growth",
-        title=f"Growth from {base}, K {args.support_k}, at a chunk of {args.logits_chunk_bytes / common.MIB:.3g} MiB",
+        title=f"Growth: from {base}, K {args.support_k}, at a chunk of {args.logits_chunk_bytes / common.MIB:.3g} MiB",
         columns={
             "phase": "phase",
             "axis": "over",
@@ -154,7 +154,7 @@ def measure(args: argparse.Namespace) -> list[common.Table]:
     )
     ranks_table = common.Table(
         name="growth/ranks",
-        title=f"Growth with tensor-parallel ranks: {base}",
+        title=f"Growth over tensor-parallel ranks: {base}",
         columns={
             "phase": "phase",
             "sizes": "TP",

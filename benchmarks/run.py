@@ -41,7 +41,8 @@ JOBS = {
     ),
     "loss": Job(
         "bench_loss.py",
-        "--shapes 256,512,1024,32768 --rounds 2 --logits-chunk-bytes 8388608",
+        "--shapes 256,512,1024,32768 --rounds 2 --logits-chunk-bytes 8388608 "
+        "--only 'ours, ρ = 1' 'ρ = 0.05' TRL 'Liger compiled, our'",
         "--rounds 2",
     ),
     "tp": Job(
@@ -60,7 +61,7 @@ JOBS = {
     "carried": Job("bench_carried.py", "--batch 4 --response-length 16 --steps 2", ""),
     "rollout": Job(
         "bench_rollout.py",
-        "--batch 4 --new-tokens 16 --rounds 2",
+        "--batch 4 --new-tokens 16 --rounds 1",
         "--batch 16 --new-tokens 48 --rounds 3",
     ),
     "convert": Job("bench_convert.py", "--gigabytes 0.6", "--gigabytes 2"),

@@ -1,4 +1,4 @@
-"""What issue 3 promised, held against the tables of a run."""
+"""What was aimed at, held against the tables of a run."""
 
 from __future__ import annotations
 

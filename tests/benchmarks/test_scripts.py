@@ -12,6 +12,7 @@ import bench_step
 import common
 import pytest
 import run
+from targets import targets_table
 
 from megatron_taopd.testing.tiny_models import save_tiny_hf_model
 from tests.benchmarks.conftest import BENCHMARKS
@@ -30,6 +31,7 @@ def script(name: str, *words: str, out: Path) -> list[dict[str, Any]]:
         assert table["environment"]["threads"] == 1
         assert table["command"].startswith(f"python benchmarks/{name} ")
         assert table["title"] in done.stdout
+    assert targets_table([common.Table(**table) for table in tables]).title == "Targets"
     return tables
 
 
