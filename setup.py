@@ -22,7 +22,7 @@ def long_description() -> str:
     return readme.read_text(encoding="utf-8") if readme.exists() else ""
 
 
-REPORT = ["matplotlib>=3.8", "pandas>=2.2", "scipy>=1.13", "statsmodels>=0.14.2"]
+REPORT = ["matplotlib>=3.8", "pandas>=2.2", "scipy>=1.15", "statsmodels>=0.14.2", "tabulate>=0.9"]
 EVAL = ["math-verify==0.9.0", "reasoning-gym==0.1.25"]  # pinned, so that prompts and verdicts stay the same
 
 

@@ -30,6 +30,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
     ),
     "suite": ("megatron_taopd.commands.suite:suite", "methods x budgets x seeds from one file, and their table"),
     "report": ("megatron_taopd.commands.report:report", "one HTML page about a run, or about a suite of runs"),
+    "diagnose": (
+        "megatron_taopd.commands.diagnose:diagnose",
+        "where did a checkpoint close the gap to its teacher? On frozen contexts",
+    ),
     "doctor": ("megatron_taopd.commands.doctor:doctor", "what this machine has, and what will be used"),
 }
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -65,3 +65,13 @@ def announce(config: Any, title: str, save_to: str | None = None) -> dict[str, A
             record_start(save_to)
             record_warnings(save_to)
     return values
+
+
+def last_rank_progress() -> Callable[[int, int], None] | None:
+    """Shows micro-batches done of all on a terminal, from the one rank that sees them finished; None on the others."""
+    return _show_progress if distributed.rank() == distributed.world_size() - 1 else None
+
+
+def _show_progress(done: int, total: int) -> None:
+    if sys.stderr.isatty():
+        print(f"\r> scored {done}/{total} micro-batches", end="" if done < total else "\n", file=sys.stderr)

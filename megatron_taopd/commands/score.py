@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 
 from megatron_taopd.cli import parse
-from megatron_taopd.commands.common import announce, ranks
+from megatron_taopd.commands.common import announce, last_rank_progress, ranks
 from megatron_taopd.config import ScoreConfig
 
 
@@ -20,7 +19,6 @@ def score(words: Sequence[str]) -> None:
 def run_scoring(config: ScoreConfig) -> None:
     """Score as configured; process groups exist."""
     from megatron_taopd.data.records import read_rollouts
-    from megatron_taopd.platform import distributed
     from megatron_taopd.training.batching import replica_micro_batches
     from megatron_taopd.training.pair import load_pair
     from megatron_taopd.training.score_table import gather_score_table, write_score_table
@@ -62,7 +60,7 @@ def run_scoring(config: ScoreConfig) -> None:
         reader,
         micro_batches,
         group_size=8 * parallel.pipeline_model_parallel_size,
-        progress=_show_progress if distributed.rank() == distributed.world_size() - 1 else None,
+        progress=last_rank_progress(),
     )
     table = None
     if scored is not None:
@@ -72,8 +70,3 @@ def run_scoring(config: ScoreConfig) -> None:
         write_score_table(table, config.output)
         kept, rows = sum(table["keep"].to_pylist()), table.num_rows
         print(f"> {rows} response positions, {kept} kept ({kept / rows:.2%}): {config.output}", flush=True)
-
-
-def _show_progress(done: int, total: int) -> None:
-    if sys.stderr.isatty():
-        print(f"\r> scored {done}/{total} micro-batches", end="" if done < total else "\n", file=sys.stderr)
