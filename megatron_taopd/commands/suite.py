@@ -10,9 +10,13 @@ from typing import Any
 
 from megatron_taopd.cli import parse
 from megatron_taopd.errors import ConfigError
+from megatron_taopd.exit_status import FINISHED, RUN_AGAIN
 
 SUITE_COPY = "suite.yaml"
 """The suite file as the last start had it; with the records, all that a table needs."""
+
+FAILED = 1
+"""Exit status after runs of which one failed; its record says why."""
 
 
 @dataclass(kw_only=True)
@@ -57,7 +61,7 @@ def usage() -> str:
 
 
 def run_suite(config: SuiteRunConfig) -> int:
-    """Make the runs; returns 1 where one failed."""
+    """Make the runs; returns the exit status."""
     from megatron_taopd.platform import distributed
     from megatron_taopd.suite.config import read_suite
     from megatron_taopd.suite.intervals import t_quantile
@@ -73,13 +77,15 @@ def run_suite(config: SuiteRunConfig) -> int:
     try:
         for cell in plan.cells:
             distributed.check_world_size(plan.cell_config(cell).parallel)
+        plan.load_tasks()
         if distributed.rank() == 0:
             write_text(Path(config.out) / SUITE_COPY, checked.text)
         runner = Runner(plan, retry_failed=config.retry_failed)
-        runner.go()
+        if not runner.go():
+            return RUN_AGAIN
         if distributed.rank() == 0:
             show_table(plan, runner.records.look)
-        return int(runner.failed > 0)
+        return FAILED if runner.failed else FINISHED
     finally:
         distributed.shutdown()
 

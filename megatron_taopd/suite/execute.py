@@ -17,8 +17,9 @@ from megatron_taopd.commands.train import run_training
 from megatron_taopd.config import TrainConfig
 from megatron_taopd.platform import distributed
 from megatron_taopd.suite.contexts import measure_contexts
+from megatron_taopd.suite.measured import ACCURACY
 from megatron_taopd.suite.memory import PeakMemory
-from megatron_taopd.suite.plan import HELD_OUT, Plan, Run
+from megatron_taopd.suite.plan import Plan, Run
 from megatron_taopd.suite.records import FORMAT
 from megatron_taopd.training.hooks.base import Hook
 from megatron_taopd.training.pair import ModelPair, load_pair
@@ -51,21 +52,35 @@ class MeasureHook(Hook):
 
 
 def measure(plan: Plan, run: Run, pair: ModelPair, config: TrainConfig) -> dict[str, Any]:
-    """Each set that the run is measured on."""
-    measured = {}
+    """Each set that the run is measured on: the measures of docs/suite.md, and the results of its tasks."""
+    measured: dict[str, Any] = {}
     for name in plan.sets_of(run):
-        which = plan.suite.held_out if name == HELD_OUT else plan.suite.validation
-        assert which is not None, "a suite with a sweep has a validation set"
-        started = time.perf_counter()
-        measured[name] = measure_contexts(pair, config, which.rollouts)
-        logger.info(
-            "%s: forward KL %.4f over %d tokens (%.1f s)",
-            name,
-            measured[name]["kl_forward"],
-            measured[name]["num_tokens"],
-            time.perf_counter() - started,
-        )
+        values: dict[str, Any] = {}
+        rollouts = plan.sets[name].rollouts
+        if rollouts is not None:
+            values |= measure_contexts(pair, config, rollouts)
+            logger.info("%s: forward KL %.4f over %d tokens", name, values["kl_forward"], values["num_tokens"])
+        if plan.tasks[name]:
+            values |= _answer(plan, run, name, pair, config)
+            logger.info("%s: accuracy %.3f", name, values[ACCURACY])
+        measured[name] = values
     return measured
+
+
+def _answer(plan: Plan, run: Run, name: str, pair: ModelPair, config: TrainConfig) -> dict[str, Any]:
+    from megatron_taopd.evaluation.model import evaluate
+
+    output = plan.directory(run) / name if plan.suite.keep != "records" else None
+    results = evaluate(
+        pair.student,
+        plan.tasks[name],
+        seed=run.seed,
+        tokenizer=pair.tokenizer,
+        rollout_batch_size=config.rollout.rollout_batch_size,
+        output=output,
+    )["tasks"]
+    each = {f"{ACCURACY}/{task}": result["pass@1"] for task, result in results.items()}
+    return {ACCURACY: sum(each.values()) / len(each), **each, "tasks": results}
 
 
 def execute(plan: Plan, run: Run) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 from pathlib import Path
 
 import torch
@@ -14,7 +13,6 @@ class PeakMemory:
     """Device memory that torch allocated, or, without a GPU, resident memory of the process: libraries and all."""
 
     def __init__(self) -> None:
-        gc.collect()
         self.known = True
         if has_cuda():
             torch.cuda.empty_cache()

@@ -5,18 +5,22 @@ A cell is a method at a budget; a run is a cell with a learning rate and a seed.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields, is_dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from megatron_taopd.cli import parse
 from megatron_taopd.config import TrainConfig
 from megatron_taopd.config_file import as_words, flat_values
 from megatron_taopd.errors import ConfigError, DataError, TaopdError
 from megatron_taopd.suite.config import Method, Suite
-from megatron_taopd.suite.measured import fingerprint
+from megatron_taopd.suite.measured import MeasuredSet, fingerprint
+
+if TYPE_CHECKING:
+    from megatron_taopd.evaluation.tasks import Task
 
 HELD_OUT, VALIDATION = "held_out", "validation"
 
@@ -90,11 +94,19 @@ class Plan:
         self.out = Path(out)
         self._configs: dict[Cell, TrainConfig] = {}
         self._fingerprints: dict[str, str] = {}
+        self.tasks: dict[str, list[Task]] = {HELD_OUT: [], VALIDATION: []}
+        """Of each set, once they are loaded."""
 
     @cached_property
     def cells(self) -> list[Cell]:
         """In the order of the file."""
         return [Cell(method, budget) for method in self.suite.methods for budget in method.budgets]
+
+    @cached_property
+    def sets(self) -> dict[str, MeasuredSet]:
+        """What there is to measure on."""
+        sets = {HELD_OUT: self.suite.held_out, VALIDATION: self.suite.validation}
+        return {name: measured for name, measured in sets.items() if measured is not None}
 
     def sweep_runs(self) -> list[Run]:
         """Runs that learning rates are chosen from; empty without a sweep."""
@@ -174,9 +186,9 @@ class Plan:
             ConfigError: settings are refused, or a model directory is missing.
             DataError: a data file is missing.
         """
-        for path in self._measured_files().values():
-            if not Path(path).is_file():
-                raise DataError(f"suite {self.suite.path}: {path} is no file; students are measured on it")
+        for name, measured in self.sets.items():
+            if measured.rollouts is not None and not Path(measured.rollouts).is_file():
+                raise DataError(f"suite {self.suite.path}: {name}: rollouts {measured.rollouts} is no file")
         for cell in self.cells:
             sweep = () if self.suite.sweep is None or not cell.rates else self.suite.sweep.seeds
             for seed in (*self.suite.seeds, *sweep):
@@ -196,21 +208,50 @@ class Plan:
             if file is not None and not Path(file).is_file():
                 raise DataError(f"{where}: {what} {file} is no file")
 
+    def load_tasks(self) -> None:
+        """Generate or read the problems of all tasks; all ranks call it together.
+
+        Raises:
+            ConfigError: a task cannot be had, or the validation set asks what the held-out set asks.
+        """
+        from megatron_taopd.evaluation.tasks import load_tasks
+
+        for name, measured in self.sets.items():
+            if measured.tasks:
+                self.tasks[name] = load_tasks(measured.tasks)
+        asked = {problem.text for task in self.tasks[HELD_OUT] for problem in task.problems}
+        for task in self.tasks[VALIDATION]:
+            both = sum(problem.text in asked for problem in task.problems)
+            if both:
+                raise ConfigError(
+                    f"suite {self.suite.path}: {both} of {len(task.problems)} problems of the validation task "
+                    f"{task.name} are held-out problems, too; a learning rate must not be chosen on what is reported. "
+                    "Give it another problem_seed or file"
+                )
+
     def identity(self, run: Run) -> dict[str, Any]:
         """What a run's numbers depend on: settings, and contents of the data files."""
         settings = {k: v for k, v in flat_values(self.config(run)).items() if k not in CHANGES_NOTHING}
-        files = {name: path for name, path in self._measured_files().items() if name in self.sets_of(run)}
-        files |= {key: settings[key] for key in ("prompt_data", "rollout_data") if settings[key] is not None}
-        return {"settings": settings, "files": {name: self._fingerprint(path) for name, path in files.items()}}
-
-    def _measured_files(self) -> dict[str, str]:
-        sets = {HELD_OUT: self.suite.held_out, VALIDATION: self.suite.validation}
-        return {name: measured.rollouts for name, measured in sets.items() if measured is not None}
+        files = {key: self._fingerprint(settings[key]) for key in ("prompt_data", "rollout_data") if settings[key]}
+        for name in self.sets_of(run):
+            rollouts = self.sets[name].rollouts
+            if rollouts is not None:
+                files[name] = self._fingerprint(rollouts)
+            for task in self.tasks[name]:
+                files[f"{name} task {task.name}"] = _task_fingerprint(task)
+        return {"settings": settings, "files": files}
 
     def _fingerprint(self, path: str) -> str:
         if path not in self._fingerprints:
             self._fingerprints[path] = fingerprint(path)
         return self._fingerprints[path]
+
+
+def _task_fingerprint(task: Task) -> str:
+    """Of its problems, and how they are put."""
+    problems = [(problem.text, problem.gold, problem.choices) for problem in task.problems]
+    text = repr((task.kind, sorted(task.settings.report(task.kind).items()), problems))
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def _filled(value: Any, names: Mapping[str, str]) -> Any:

@@ -19,6 +19,7 @@ from megatron_taopd.platform import distributed
 from megatron_taopd.platform.layout import ParallelConfig
 from megatron_taopd.suite import claims
 from megatron_taopd.suite.execute import Stopped, describe, execute
+from megatron_taopd.suite.measured import ACCURACY
 from megatron_taopd.suite.plan import Plan, Run
 from megatron_taopd.suite.records import NAME, check_same, read_record, write_json
 from megatron_taopd.suite.sweep import choose, chosen_rates
@@ -80,11 +81,15 @@ class Runner:
         self.records = Records(plan, retry_before=self.started if retry_failed else None)
         self.seconds: list[float] = []
         self.failed = 0
+        self.frozen = False
         self.control: torch.distributed.ProcessGroup | None = None
         self.claim: claims.Claim | None = None
 
-    def go(self) -> None:
+    def go(self) -> bool:
         """Make every run that nobody else makes; process groups exist.
+
+        Returns:
+            False where a run was asked to stop early: the same command goes on from there.
 
         Raises:
             ConfigError: a finished run was made with other settings.
@@ -95,12 +100,13 @@ class Runner:
             while True:
                 word, run = self._tell(self._next() if distributed.rank() == 0 else None)
                 if word == "end":
-                    return
+                    return True
                 if run is None:
                     time.sleep(WAIT_SECONDS)
                     continue
                 try:
-                    self._make(run)
+                    if not self._make(run):
+                        return False
                 finally:
                     if self.claim is not None:
                         self.claim.release()
@@ -120,7 +126,8 @@ class Runner:
             self.claim = None
         return ("wait", None) if waiting else ("end", None)
 
-    def _make(self, run: Run) -> None:
+    def _make(self, run: Run) -> bool:
+        """False where it stopped early."""
         started = time.time()
         record: dict[str, Any] | None = None
         error: str | None = None
@@ -136,8 +143,8 @@ class Runner:
             (directory / f"error-rank{distributed.rank()}.txt").write_text(traceback.format_exc(), encoding="utf-8")
         errors = self._gather(error)
         bad = [text for text in errors if text is not None]
-        if stopped:
-            raise KeyboardInterrupt(f"{run} was stopped")
+        if any(self._gather(stopped)):
+            return False
         if distributed.rank() == 0:
             if bad:
                 failure = describe(self.plan, run, status="failed", started=started)
@@ -149,9 +156,16 @@ class Runner:
                 f"{run} failed on {len(bad)} of {len(errors)} ranks ({bad[0]}); it is recorded as failed. Start the "
                 "same command again to go on with the other runs"
             )
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        if not self.frozen:
+            self._freeze()
+        return True
+
+    def _freeze(self) -> None:
+        """Take what the libraries hold out of the garbage collector's sight, which looks through everything before each
+        run: a third of the time of a run of seconds."""
+        start_ranks()  # leaves the layout of the first run, which is not to be kept
+        gc.freeze()
+        self.frozen = True
 
     def _end(self, run: Run, record: dict[str, Any]) -> None:
         assert self.claim is not None
@@ -173,9 +187,7 @@ class Runner:
         at_work = sum(claims.is_claimed(self.plan.directory(other)) for other in pending if other != run)
         what = f"failed: {record.get('error')}"
         if record["status"] == "finished":
-            kl = {name: values["kl_forward"] for name, values in record["measured"].items()}
-            what = ", ".join(f"{name} KL {value:.4f}" for name, value in kl.items() if value is not None)
-            what += f", {record['seconds']:.1f} s"
+            what = ", ".join([*_told(record["measured"]), f"{record['seconds']:.1f} s"])
         line = f"> {run}: {what}; {left} left"
         if left and self.seconds:
             rest = sum(self.seconds) / len(self.seconds) * left / (1 + at_work)
@@ -190,6 +202,7 @@ class Runner:
         try:
             yield
         finally:
+            gc.unfreeze()
             if self.control is not None:
                 distributed.close_groups([self.control])
                 self.control = None
@@ -207,6 +220,13 @@ class Runner:
         values: list[Any] = [None] * distributed.world_size()
         torch.distributed.all_gather_object(values, value, group=self.control)
         return values
+
+
+def _told(measured: dict[str, Any]) -> Iterator[str]:
+    for name, values in measured.items():
+        for measure, title in (("kl_forward", "KL"), (ACCURACY, "accuracy")):
+            if values.get(measure) is not None:
+                yield f"{name} {title} {values[measure]:.4f}"
 
 
 def start_ranks() -> None:

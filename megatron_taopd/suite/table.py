@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from megatron_taopd.suite.intervals import CONFIDENCE, mean_interval, paired_interval
-from megatron_taopd.suite.measured import MEASURES, TRAINING_MEASURES
+from megatron_taopd.suite.measured import MEASURES, TRAINING_MEASURES, description, is_measure
 from megatron_taopd.suite.plan import HELD_OUT, Cell, Plan, Run
 from megatron_taopd.suite.sweep import Look, choose, chosen_rates
 
@@ -23,7 +23,9 @@ def build_table(plan: Plan, look: Look) -> dict[str, Any]:
     suite = plan.suite
     chosen = chosen_rates(plan, look)
     rows = [_row(plan, cell, chosen, look) for cell in plan.cells]
-    names = [name for name in MEASURES if any(name in row["values"] for row in rows)]
+    there = dict.fromkeys(name for row in rows for name in row["values"])
+    order = list(MEASURES)
+    names = sorted(there, key=lambda name: order.index(name.split("/")[0]))
     for row in rows:
         row["measures"] = {}
         for name in names:
@@ -46,7 +48,7 @@ def build_table(plan: Plan, look: Look) -> dict[str, Any]:
         "confidence": CONFIDENCE,
         "seeds": list(suite.seeds),
         "baseline": suite.baseline,
-        "measures": {name: MEASURES[name] for name in names},
+        "measures": {name: description(name) for name in names},
         "rows": rows,
         "sweep": _sweep(plan, look),
         "runs": _count(plan, chosen, look),
@@ -83,7 +85,7 @@ def _row(plan: Plan, cell: Cell, chosen: Mapping[Cell, float | None], look: Look
 
 def _values(record: dict[str, Any]) -> dict[str, float | None]:
     """The measures of a finished run, on the held-out set and of its training."""
-    values = {name: value for name, value in record["measured"][HELD_OUT].items() if name in MEASURES}
+    values = {name: value for name, value in record["measured"][HELD_OUT].items() if is_measure(name)}
     for name, key in TRAINING_MEASURES.items():
         values[name] = (record["training"] or {}).get(key)
     values["peak_memory"] = record["peak_memory_bytes"]

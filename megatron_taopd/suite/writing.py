@@ -7,10 +7,12 @@ import io
 from pathlib import Path
 from typing import Any
 
+from megatron_taopd.suite.measured import ACCURACY
 from megatron_taopd.suite.records import write_json, write_text
 
-# Markdown shows these; CSV and JSON have all.
-SHOWN = ("kl_forward", "tokens_supervised", "wall_time", "peak_memory")
+COSTS = ("tokens_supervised", "wall_time", "peak_memory")
+SCALES = {"peak_memory": (2.0**-30, 2), "wall_time": (1.0, 1), "tokens_supervised": (1.0, 0)}
+"""Factor and digits of what Markdown shows."""
 
 
 def write_table(table: dict[str, Any], directory: str | Path) -> list[Path]:
@@ -42,9 +44,11 @@ def as_csv(table: dict[str, Any]) -> str:
 
 def as_markdown(table: dict[str, Any]) -> str:
     """The table for people, with what it cannot show below."""
-    names = [name for name in SHOWN if name in table["measures"]]
     baseline = table["baseline"]
-    compared = [n for n in names if baseline is not None and table["measures"][n]["better"] and n in QUALITY]
+    tasks = [name for name in table["measures"] if name.startswith(f"{ACCURACY}/")]
+    quality = ["kl_forward", ACCURACY, *(tasks if len(tasks) > 1 else [])]
+    names = [name for name in (*quality, *COSTS) if name in table["measures"]]
+    compared = quality if baseline is not None else []
     head = ["method", "budget", "lr", "seeds"]
     for name in names:
         head.append(_title(name, table["measures"][name]))
@@ -61,10 +65,6 @@ def as_markdown(table: dict[str, Any]) -> str:
                 cells.append(_interval(name, measure["versus_baseline"], sign="+"))
         lines.append(_line(cells))
     return "\n".join([*lines, "", *_notes(table)]) + "\n"
-
-
-QUALITY = ("kl_forward",)
-"""Measures whose difference from the baseline is shown."""
 
 
 def _notes(table: dict[str, Any]) -> list[str]:
@@ -93,16 +93,14 @@ def _notes(table: dict[str, Any]) -> list[str]:
 
 
 def _title(name: str, measure: dict[str, Any]) -> str:
-    unit = {"bytes": "GiB"}.get(measure["unit"], measure["unit"])
-    return f"{measure['title']} ({unit})" if unit not in ("tokens", "share") else measure["title"]
+    unit = "%" if name.startswith(ACCURACY) else {"bytes": "GiB"}.get(measure["unit"], measure["unit"])
+    return f"{measure['title']} ({unit})" if unit != "tokens" else measure["title"]
 
 
 def _interval(name: str, measure: dict[str, Any] | None, *, sign: str = "") -> str:
     if measure is None or measure["mean"] is None:
         return ""
-    scale, digits = {"peak_memory": (2.0**-30, 2), "wall_time": (1.0, 1), "tokens_supervised": (1.0, 0)}.get(
-        name, (1.0, 4)
-    )
+    scale, digits = SCALES.get(name, (100.0, 1) if name.startswith(ACCURACY) else (1.0, 4))
     text = f"{scale * measure['mean']:{sign}.{digits}f}"
     if measure["half_width"] is not None:
         text += f" ± {scale * measure['half_width']:.{digits}f}"
