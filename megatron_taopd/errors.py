@@ -21,5 +21,9 @@ class CheckpointError(TaopdError):
     """A Megatron checkpoint cannot be read or written."""
 
 
+class DamagedCheckpointError(CheckpointError):
+    """A Megatron checkpoint is torn, or its bytes are not those that were written; an earlier one may be whole."""
+
+
 class TokenizerMismatchError(TaopdError):
     """Student and teacher do not read or stop on the same token ids."""

@@ -16,15 +16,19 @@ from megatron_taopd.checkpoint.layout import (
     read_latest_iteration,
 )
 from megatron_taopd.checkpoint.loading import LoadedState, load_checkpoint, load_head_weight, load_model_weights
-from megatron_taopd.checkpoint.saving import save_checkpoint
+from megatron_taopd.checkpoint.newest import load_newest_checkpoint
+from megatron_taopd.checkpoint.saving import PendingSave, begin_saving, save_checkpoint
 
 __all__ = [
     "LoadedState",
+    "PendingSave",
+    "begin_saving",
     "hf_files_dir",
     "is_megatron_checkpoint",
     "load_checkpoint",
     "load_head_weight",
     "load_model_weights",
+    "load_newest_checkpoint",
     "read_latest_iteration",
     "save_checkpoint",
 ]

@@ -3,31 +3,35 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch.distributed as dist
 
 from megatron_taopd.errors import CheckpointError
 
+Result = TypeVar("Result")
 
-def raise_together(message: str | None) -> None:
-    """Raise CheckpointError on every rank if any rank brings a message. Collective."""
+
+def raise_together(message: str | None, kind: type[CheckpointError] = CheckpointError) -> None:
+    """Raise an error on every rank if any rank brings a message. Collective."""
     messages: list[str | None] = [None] * dist.get_world_size()
     dist.all_gather_object(messages, message)
     for found in messages:
         if found is not None:
-            raise CheckpointError(found)
+            raise kind(found)
 
 
-def on_rank_zero(action: Callable[[], None]) -> None:
-    """Run ``action`` on rank 0 while the others wait; file and user errors are raised on every rank."""
-    message: list[str | None] = [None]
+def on_rank_zero(action: Callable[[], Result]) -> Result:
+    """What ``action`` answers on rank 0, on every rank; file and user errors are raised on every rank. Collective."""
+    outcome: list[Any] = [None]
     if dist.get_rank() == 0:
         try:
-            action()
+            outcome[0] = action()
         except CheckpointError as error:
-            message[0] = str(error)
+            outcome[0] = error
         except OSError as error:
-            message[0] = f"cannot write or read the checkpoint: {error}"
-    dist.broadcast_object_list(message, src=0)
-    if message[0] is not None:
-        raise CheckpointError(message[0])
+            outcome[0] = CheckpointError(f"cannot write or read the checkpoint: {error}")
+    dist.broadcast_object_list(outcome, src=0)
+    if isinstance(outcome[0], CheckpointError):
+        raise outcome[0]
+    return outcome[0]

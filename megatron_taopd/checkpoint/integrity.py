@@ -18,7 +18,7 @@ import torch
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 
-from megatron_taopd.errors import CheckpointError
+from megatron_taopd.errors import DamagedCheckpointError
 
 _TRUSTED_CLASSES = ("torch.distributed.checkpoint.", "megatron.core.dist_checkpointing.")
 _TRUSTED_NAMES = {
@@ -51,29 +51,29 @@ def read_index(path: Path) -> Any:
     """The torch ``Metadata`` of a checkpoint.
 
     Raises:
-        CheckpointError: a file is missing, shorter than the index says, or not what it should be.
+        DamagedCheckpointError: a file is missing, shorter than the index says, or not what it should be.
     """
     for name in ("metadata.json", ".metadata"):
         if not (path / name).is_file():
-            raise CheckpointError(f"checkpoint {path} is incomplete: no {name}; use an earlier iteration")
+            raise DamagedCheckpointError(f"checkpoint {path} is incomplete: no {name}; use an earlier iteration")
     try:
         with open(path / ".metadata", "rb") as stream:
             index = _IndexUnpickler(stream).load()
     except (pickle.UnpicklingError, EOFError, AttributeError, ImportError, IndexError, ValueError) as error:
-        raise CheckpointError(f"checkpoint {path} cannot be used: .metadata: {error}") from error
+        raise DamagedCheckpointError(f"checkpoint {path} cannot be used: .metadata: {error}") from error
     # Newer releases of megatron-core keep the common state in the shards, under this key.
     in_shards = any(key.startswith("common_state") for key in index.state_dict_metadata)
     if not in_shards and not (path / "common.pt").is_file():
-        raise CheckpointError(f"checkpoint {path} is incomplete: no common.pt; use an earlier iteration")
+        raise DamagedCheckpointError(f"checkpoint {path} is incomplete: no common.pt; use an earlier iteration")
     needed: dict[str, int] = {}
     for info in index.storage_data.values():
         needed[info.relative_path] = max(needed.get(info.relative_path, 0), info.offset + info.length)
     for name, size in sorted(needed.items()):
         file = path / name
         if not file.is_file():
-            raise CheckpointError(f"checkpoint {path} is incomplete: no {name}; use an earlier iteration")
+            raise DamagedCheckpointError(f"checkpoint {path} is incomplete: no {name}; use an earlier iteration")
         if file.stat().st_size < size:
-            raise CheckpointError(
+            raise DamagedCheckpointError(
                 f"checkpoint {path} is torn: {name} has {file.stat().st_size} bytes of {size}; use an earlier iteration"
             )
     return index

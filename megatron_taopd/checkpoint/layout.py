@@ -15,6 +15,7 @@ RELEASE = "release"
 HF_FILES = "hf"
 RANDOM_STATES = "rng"
 RUN_CONFIG = "run_config.json"
+DAMAGED_SUFFIX = ".damaged"
 
 # Of a Hugging Face directory everything is kept beside the checkpoint but weights and code.
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".index.json")
@@ -33,12 +34,16 @@ def read_latest_iteration(directory: str | Path) -> int | None:
     Raises:
         CheckpointError: the tracker file does not hold a number or ``release``.
     """
-    name = _latest_name(directory)
+    name = latest_name(directory)
     return None if name is None else _iteration_of(name)
 
 
-def _latest_name(directory: str | Path) -> str | None:
-    """Directory name of the newest complete checkpoint."""
+def latest_name(directory: str | Path) -> str | None:
+    """Directory name of the newest complete checkpoint; None where there is none yet.
+
+    Raises:
+        CheckpointError: as :func:`read_latest_iteration`.
+    """
     tracker = Path(directory) / TRACKER
     try:
         text = tracker.read_text().strip()
@@ -56,6 +61,18 @@ def _latest_name(directory: str | Path) -> str | None:
 
 def _iteration_of(name: str) -> int:
     return 0 if name == RELEASE else int(name.removeprefix("iter_"))
+
+
+def iterations(directory: str | Path) -> list[int]:
+    """The checkpoints that are there, newest first, whatever the tracker says; a release is none of them."""
+    names = (path.name for path in Path(directory).glob("iter_*") if path.is_dir())
+    return sorted((_iteration_of(name) for name in names if _NAME.fullmatch(name)), reverse=True)
+
+
+def damaged(directory: str | Path) -> list[tuple[int, Path]]:
+    """Checkpoints that were found damaged and set aside."""
+    paths = list(Path(directory).glob(f"iter_*{DAMAGED_SUFFIX}"))
+    return sorted((_iteration_of(path.name.removesuffix(DAMAGED_SUFFIX)), path) for path in paths)
 
 
 def write_latest_iteration(directory: Path, iteration: int) -> None:
@@ -90,12 +107,12 @@ def find_iteration(directory: str | Path, iteration: int | None = None) -> tuple
     directory = Path(directory)
     if not directory.is_dir():
         raise CheckpointError(f"checkpoint directory {directory} does not exist")
-    if _NAME.fullmatch(directory.name) and not (directory / TRACKER).exists():
+    if is_one_checkpoint(directory):
         own = _iteration_of(directory.name)
         if iteration not in (None, own):
             raise CheckpointError(f"{directory} is not iteration {iteration}; give its parent directory")
         return directory, own
-    name = _latest_name(directory) if iteration is None else iteration_name(iteration)
+    name = latest_name(directory) if iteration is None else iteration_name(iteration)
     if name is None:
         raise CheckpointError(f"{directory} holds no checkpoint: {TRACKER} is missing (found: {_found(directory)})")
     path = directory / name
@@ -105,6 +122,11 @@ def find_iteration(directory: str | Path, iteration: int | None = None) -> tuple
             f"exists to {TRACKER}, or remove the directory to start anew"
         )
     return path, _iteration_of(name)
+
+
+def is_one_checkpoint(directory: Path) -> bool:
+    """Whether a path names one checkpoint itself, rather than a directory of them."""
+    return _NAME.fullmatch(directory.name) is not None and not (directory / TRACKER).exists()
 
 
 def is_megatron_checkpoint(directory: str | Path) -> bool:

@@ -16,11 +16,11 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.utils import make_tp_sharded_tensor_for_checkpoint
 from torch.distributed.checkpoint.api import CheckpointException
 
-from megatron_taopd.checkpoint import integrity, model_state, optimizer_state
+from megatron_taopd.checkpoint import checksums, integrity, model_state, optimizer_state
 from megatron_taopd.checkpoint.collective import on_rank_zero, raise_together
 from megatron_taopd.checkpoint.layout import find_iteration
 from megatron_taopd.checkpoint.random_state import restore_random_state
-from megatron_taopd.errors import CheckpointError
+from megatron_taopd.errors import CheckpointError, DamagedCheckpointError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,7 +84,7 @@ def load_head_weight(directory: str | Path, weight_VH: torch.Tensor | None, *, t
         CheckpointError: missing, torn, or of another model; raised on every rank.
     """
     path, _ = _find_together(directory, None)
-    on_rank_zero(lambda: _ignore(integrity.read_index(path)))
+    on_rank_zero(lambda: integrity.stored_shapes(integrity.read_index(path)))
     shapes = integrity.stored_shapes(integrity.read_index(path))
     about = dist_checkpointing.load_common_state_dict(str(path)).get("taopd", {})
     _check_vocab_size(path, about, vocab_size)
@@ -103,7 +103,7 @@ def _read(state: dict[str, Any], path: Path) -> dict[str, Any]:
     try:
         return dist_checkpointing.load(state, str(path))
     except (CheckpointException, CheckpointingException) as error:
-        raise CheckpointError(f"checkpoint {path} cannot be read: {error}") from error
+        raise DamagedCheckpointError(f"checkpoint {path} cannot be read: {error}") from error
 
 
 def _load(
@@ -116,11 +116,13 @@ def _load(
     weights_only: bool = False,
 ) -> LoadedState:
     path, iteration = _find_together(directory, iteration)
-    on_rank_zero(lambda: _ignore(integrity.read_index(path)))
+    sums = _check_bytes(path)
     index = integrity.read_index(path)
     chunks = model_state.unwrap(module)
     common = dist_checkpointing.load_common_state_dict(str(path))
     about = common.get("taopd", {})
+    if about.get("has_checksums") and not sums:
+        raise DamagedCheckpointError(f"checkpoint {path} is incomplete: no {checksums.SUMS}; use an earlier iteration")
     _check_same_kind(path, about, chunks, optimizer)
 
     state: dict[str, Any] = model_state.sharded_state(chunks, set(index.state_dict_metadata))
@@ -144,14 +146,22 @@ def _load(
 
 def _find_together(directory: str | Path, iteration: int | None) -> tuple[Path, int]:
     """Every rank looks at the same checkpoint, that of rank 0."""
-    found: list[Any] = [None]
+    return on_rank_zero(lambda: find_iteration(directory, iteration))
 
-    def find() -> None:
-        found[0] = find_iteration(directory, iteration)
 
-    on_rank_zero(find)
-    dist.broadcast_object_list(found, src=0)
-    return found[0]
+def _check_bytes(path: Path) -> dict[str, str]:
+    """Is all there, and as it was written? Each rank reads its share of the files."""
+    sums = on_rank_zero(lambda: _sums_of_whole(path))
+    damage = checksums.find_damage(path, sums, share=dist.get_rank(), shares=dist.get_world_size())
+    message = None if damage is None else f"checkpoint {path} is damaged: {damage}; use an earlier iteration"
+    raise_together(message, DamagedCheckpointError)
+    return sums
+
+
+def _sums_of_whole(path: Path) -> dict[str, str]:
+    sums = checksums.read_sums(path)
+    integrity.read_index(path)  # says so if a file is missing or short
+    return sums
 
 
 def _check_same_kind(
@@ -179,7 +189,3 @@ def _check_vocab_size(path: Path, about: dict[str, Any], own: int | None) -> Non
         raise CheckpointError(
             f"checkpoint {path} is not of this model: its vocabulary has {stored} tokens and this run's {own}"
         )
-
-
-def _ignore(value: Any) -> None:
-    """For actions whose value is not wanted."""

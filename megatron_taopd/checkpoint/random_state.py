@@ -14,6 +14,7 @@ from megatron.core import parallel_state
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 
 from megatron_taopd.checkpoint.layout import RANDOM_STATES
+from megatron_taopd.checkpoint.writing import write_saved
 
 logger = logging.getLogger(__name__)
 
@@ -40,19 +41,20 @@ def save_random_state(path: Path) -> None:
         "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
         "tracker": dict(get_cuda_rng_tracker().get_states()),
     }
-    torch.save(states, _file(path))
+    write_saved(states, path / random_state_name())
 
 
 def restore_random_state(path: Path, saved_layout: dict[str, int] | None) -> bool:
     """Set this rank's states, if the checkpoint was written on the same layout; says whether it did."""
-    if saved_layout != current_layout() or not _file(path).is_file():
+    file = path / random_state_name()
+    if saved_layout != current_layout() or not file.is_file():
         logger.info(
             "checkpoint %s was written on another layout (%s): random states start from the seed",
             path,
             saved_layout,
         )
         return False
-    states = torch.load(_file(path), map_location="cpu", weights_only=True)
+    states = torch.load(file, map_location="cpu", weights_only=True)
     random.setstate(states["python"])
     name, keys, position, has_gauss, cached_gaussian = states["numpy"]
     numpy.random.set_state((name, keys.numpy().astype("uint32"), position, has_gauss, cached_gaussian))
@@ -63,5 +65,6 @@ def restore_random_state(path: Path, saved_layout: dict[str, int] | None) -> boo
     return True
 
 
-def _file(path: Path) -> Path:
-    return path / RANDOM_STATES / f"rank_{dist.get_rank():05d}.pt"
+def random_state_name() -> str:
+    """Where this rank's states are, relative to the checkpoint."""
+    return f"{RANDOM_STATES}/rank_{dist.get_rank():05d}.pt"
