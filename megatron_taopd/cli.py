@@ -30,6 +30,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     ),
     "suite": ("megatron_taopd.commands.suite:suite", "methods x budgets x seeds from one file, and their table"),
     "report": ("megatron_taopd.commands.report:report", "one HTML page about a run, or about a suite of runs"),
+    "launch": ("megatron_taopd.commands.launch:launch", "any of these on several ranks: here, SLURM, nemo-run"),
     "diagnose": (
         "megatron_taopd.commands.diagnose:diagnose",
         "where did a checkpoint close the gap to its teacher? On frozen contexts",
