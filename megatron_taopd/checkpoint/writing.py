@@ -197,11 +197,14 @@ class WriterProcess:
         self._process = context.Process(target=_write_and_tell, args=(theirs, buckets, transforms))
         enabled = gc.isenabled()
         gc.disable()  # collecting device tensors in the child would call CUDA there
+        # A job's signals reach every process of it, and the checkpoint is to be finished: the child never sees them.
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT))
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", DeprecationWarning)  # Python 3.12 of forks beside threads
                 self._process.start()
         finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
             if enabled:
                 gc.enable()
         theirs.close()
@@ -226,8 +229,5 @@ class WriterProcess:
 def _write_and_tell(answer: Any, buckets: Sequence[Bucket], transforms: list[Any]) -> None:
     gc.disable()
     torch.set_num_threads(1)  # a forked child must not wait for the parent's threads
-    # A job's signal reaches every process of it, and the checkpoint is to be finished.
-    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
-        signal.signal(number, signal.SIG_IGN)
     answer.send(write(buckets, transforms))
     answer.close()
