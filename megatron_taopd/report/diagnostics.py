@@ -16,7 +16,7 @@ from megatron_taopd.report.diagnostic_plots import (
     regression_plots,
     tercile_plot,
 )
-from megatron_taopd.report.scales import number
+from megatron_taopd.report.scales import number, share
 
 FORMAT, FORMAT_VERSION = "taopd-diagnostic-report", 1
 
@@ -57,7 +57,7 @@ def diagnostics_section(report: dict[str, Any]) -> Section:
         lead=(
             "Frozen contexts that the initial student wrote are read again by the trained one. The gain G is "
             "KL(teacher ‖ student) before minus after at the same position: positive where the gap closed. Whiskers "
-            f"and brackets are {number(confidence, 'percent')} intervals from resampling whole prompts."
+            f"and brackets are {share(confidence)} intervals from resampling whole prompts."
         ),
         blocks=blocks,
     )
@@ -155,7 +155,7 @@ def _budget_table(report: dict[str, Any], checkpoint: dict[str, Any]) -> Table:
     rows = [
         [
             label(report, r["selector"]),
-            number(r["keep_ratio"], "percent"),
+            share(r["keep_ratio"]),
             number(r["support_k"]),
             _variant(r),
             number(r["kept"]),
@@ -221,7 +221,7 @@ def _support_blocks(report: dict[str, Any]) -> list[Block]:
         ]
         for b in report["bound"]
     ]
-    ratios = [number(r, "percent") for r in report["settings"]["keep_ratios"]]
+    ratios = [share(r) for r in report["settings"]["keep_ratios"]]
     sensitivity = [
         [
             number(k["support_k"]),

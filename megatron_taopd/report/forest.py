@@ -43,9 +43,9 @@ def forest(
     """
     marks: list[Mark] = [Rule(name=rule[0], value=rule[1], axis="x")] if rule is not None else []
     if any(singles):
-        places = [float(i) for i, values in enumerate(singles) for _ in values]
+        places = [i + 0.3 for i, values in enumerate(singles) for _ in values]
         values = [value for own in singles for value in own]
-        marks.append(Dots(name="a seed", x=values, y=places, colour="rest", size=5))
+        marks.append(Dots(name="a seed", x=values, y=places, colour="rest", size=4))
     for index, (group, estimates) in enumerate(groups.items()):
         shift = (index - (len(groups) - 1) / 2) * min(0.26, 0.8 / len(groups))
         ends = [ends_of(pair) for _, pair in estimates]

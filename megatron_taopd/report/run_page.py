@@ -14,7 +14,7 @@ from megatron_taopd.report.blocks import Block, Fact, Facts, Notices, Page, Plot
 from megatron_taopd.report.checks import Notice, notices
 from megatron_taopd.report.curves import curve_groups, metric_table
 from megatron_taopd.report.run_directory import RunDirectory
-from megatron_taopd.report.scales import duration, number
+from megatron_taopd.report.scales import duration, number, share
 from megatron_taopd.report.score_tables import SameContexts, ScoreTable, quadrants, same_contexts, table_facts
 from megatron_taopd.report.selection_plots import table_plots
 from megatron_taopd.report.settings import setting_groups
@@ -68,7 +68,7 @@ def _subtitle(run: RunDirectory) -> str:
     parts = [f"selector {config.get('selector', '?')}"]
     asked = run.metrics[-1].get("keep_ratio_asked")
     if asked is not None:
-        parts.append(f"budget {number(asked, 'percent')}")
+        parts.append(f"budget {share(asked)}")
     parts += [f"loss {config.get('loss', '?')}", f"{number(run.metrics[-1]['iteration'])} iterations"]
     if run.starts:
         parts.append(f"started {str(run.starts[0].get('time', ''))[:16].replace('T', ' ')} UTC")

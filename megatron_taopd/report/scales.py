@@ -140,10 +140,15 @@ def number(value: float | int | None, kind: Format = "number") -> str:
         return f"{value:,.0f}".replace("-", "−")
     if abs(value) >= 1e7 or abs(value) < 1e-3:
         mantissa, exponent = f"{value:.3e}".split("e")
-        return f"{mantissa}e{int(exponent)}".replace("-", "−")
+        return f"{mantissa.rstrip('0').rstrip('.')}e{int(exponent)}".replace("-", "−")
     if abs(value) >= 1000:
         return f"{value:,.0f}".replace("-", "−")
     return f"{value:.4g}".replace("-", "−")
+
+
+def share(value: float | None) -> str:
+    """A share that somebody chose, such as a budget, with the digits that it has."""
+    return "–" if value is None else f"{100 * value:g} %"
 
 
 def duration(seconds: float) -> str:

@@ -30,9 +30,19 @@ class SuiteDirectory:
         return list(self.table["rows"])
 
     @property
+    def methods(self) -> list[str]:
+        """Names of the methods that train, in the order of the table."""
+        return list(dict.fromkeys(row["method"] for row in self.rows if row["trains"]))
+
+    @property
     def budgets(self) -> list[float]:
         """All budgets, from the smallest."""
         return sorted({row["budget"] for row in self.rows if row["budget"] is not None})
+
+    @property
+    def budgets_or_none(self) -> list[float | None]:
+        """All budgets, or None alone where no row has one."""
+        return [*self.budgets] or [None]
 
     def rows_at(self, budget: float | None) -> list[dict[str, Any]]:
         """Rows of a budget, with those that have none; of a suite without budgets all rows."""

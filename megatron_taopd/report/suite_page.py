@@ -9,7 +9,7 @@ from typing import Any
 from megatron_taopd import __version__
 from megatron_taopd.report.blocks import Block, Fact, Facts, Notices, Page, Plots, Prose, Section, Source, Table
 from megatron_taopd.report.checks import Notice
-from megatron_taopd.report.scales import number
+from megatron_taopd.report.scales import number, share
 from megatron_taopd.report.suite_directory import SuiteDirectory
 from megatron_taopd.report.suite_plots import curve_plots, measure_plots, sweep_plots, unit_of
 
@@ -19,18 +19,19 @@ COSTS = ("tokens_supervised", "keep_ratio", "wall_time", "peak_memory")
 def suite_page(suite: SuiteDirectory, *, title: str | None = None, made_with: str) -> Page:
     """Put the page of a suite together."""
     table = suite.table
-    qualities = [n for n, m in table["measures"].items() if m["better"] is not None and n not in COSTS]
+    shown = [name for name in table["measures"] if not _is_the_only_task(name, table["measures"])]
+    qualities = [n for n in shown if table["measures"][n]["better"] is not None and n not in COSTS]
     costs = [n for n in COSTS if n in table["measures"]]
-    others = [n for n in table["measures"] if n not in (*qualities, *costs)]
+    others = [n for n in shown if n not in (*qualities, *costs)]
     made = datetime.datetime.fromtimestamp(table["made"], datetime.timezone.utc)
     sections = [
         _overview(suite),
-        *_measures(suite, "results", "Results", qualities, _RESULTS.format(number(table["confidence"], "percent"))),
+        *_measures(suite, "results", "Results", qualities, _RESULTS.format(share(table["confidence"]))),
         _table(suite),
         *_curves(suite),
         *_measures(suite, "cost", "Cost", costs, ""),
         *_measures(suite, "contexts", "Contexts", others, "What the held-out and the training contexts are like."),
-        *_sweep(table),
+        *_sweep(suite),
         _settings(suite),
     ]
     return Page(
@@ -43,9 +44,14 @@ def suite_page(suite: SuiteDirectory, *, title: str | None = None, made_with: st
     )
 
 
+def _is_the_only_task(name: str, measures: Mapping[str, Any]) -> bool:
+    """Whether a measure is the accuracy of one task and the mean over tasks is of it alone."""
+    return name.startswith("accuracy/") and sum(other.startswith("accuracy/") for other in measures) == 1
+
+
 _RESULTS = (
-    "Points are means over seeds, whiskers {} t-intervals, small dots the single seeds. Differences are paired: the same "
-    "seeds of both rows. The intervals are of one comparison each and are not corrected for their number."
+    "Points are means over seeds, whiskers {} t-intervals, small dots the single seeds. Differences are paired: the "
+    "same seeds of both rows. The intervals are of one comparison each and are not corrected for their number."
 )
 
 
@@ -56,7 +62,7 @@ def _overview(suite: SuiteDirectory) -> Section:
         Fact(label="Seeds a row", value=number(len(suite.table["seeds"])), note=_list(suite.table["seeds"])),
         Fact(
             label="Budgets",
-            value=_list([number(b, "percent") for b in suite.budgets]) or "none",
+            value=_list([share(b) for b in suite.budgets]) or "none",
             note="share of the positions that carry the loss",
         ),
         Fact(label="Compared with", value=suite.table["baseline"] or "nothing"),
@@ -72,7 +78,7 @@ def _list(values: Any) -> str:
 
 def name_of(row: Mapping[str, Any]) -> str:
     """A row's method and budget."""
-    return str(row["method"]) + ("" if row["budget"] is None else f" at {number(row['budget'], 'percent')}")
+    return str(row["method"]) + ("" if row["budget"] is None else f" at {share(row['budget'])}")
 
 
 def _notices(suite: SuiteDirectory) -> list[Notice]:
@@ -112,7 +118,7 @@ def _measures(suite: SuiteDirectory, key: str, title: str, names: list[str], lea
 
 def _table(suite: SuiteDirectory) -> Section:
     table = suite.table
-    names = list(table["measures"])
+    names = [name for name in table["measures"] if not _is_the_only_task(name, table["measures"])]
     compared = [n for n in names if table["baseline"] is not None and table["measures"][n]["better"] and n not in COSTS]
     header = ["method", "budget", "learning rate", "seeds"]
     for name in names:
@@ -123,7 +129,7 @@ def _table(suite: SuiteDirectory) -> Section:
     for row in suite.rows:
         cells = [
             row["method"],
-            "–" if row["budget"] is None else number(row["budget"], "percent"),
+            share(row["budget"]),
             number(row["lr"]),
             number(len(row["seeds"])),
         ]
@@ -133,7 +139,7 @@ def _table(suite: SuiteDirectory) -> Section:
             if name in compared:
                 cells.append(_cell(measured["versus_baseline"], table["measures"][name], signed=True))
         rows.append(cells)
-    note = f"Mean ± half width of the {number(table['confidence'], 'percent')} t-interval over seeds."
+    note = f"Mean ± half width of the {share(table['confidence'])} t-interval over seeds; pp: percentage points."
     block = Table(
         caption="All rows, on the held-out set",
         header=header,
@@ -154,8 +160,12 @@ def _cell(measured: Mapping[str, Any] | None, measure: Mapping[str, Any], *, sig
         return "–"
     factor, _, kind = unit_of(measure)
     mean, half = measured["mean"] * factor, measured["half_width"]
-    sign = "+" if signed and mean > 0 else ""
-    return sign + number(mean, kind) + (f" ± {number(half * factor, kind)}" if half is not None else "")
+    sign, unit = ("+" if mean > 0 else "", " pp" if kind == "percent" else "") if signed else ("", "")
+
+    def text(value: float) -> str:
+        return number(value, kind) if not unit else number(value * 100)
+
+    return sign + text(mean) + (f" ± {text(half * factor)}" if half is not None else "") + unit
 
 
 def _curves(suite: SuiteDirectory) -> list[Section]:
@@ -171,13 +181,13 @@ def _curves(suite: SuiteDirectory) -> list[Section]:
     return [Section(key="curves", title="Training", blocks=[Plots(plots=plots)])]
 
 
-def _sweep(table: Mapping[str, Any]) -> list[Section]:
-    sweep = table["sweep"]
+def _sweep(suite: SuiteDirectory) -> list[Section]:
+    sweep = suite.table["sweep"]
     if sweep is None or not sweep["cells"]:
         return []
     lead = (
-        f"Of each method and budget the learning rate with the best {sweep['by']} on the validation set was taken, over "
-        f"seeds {_list(sweep['seeds'])}; the held-out set had no part in it."
+        f"Of each method and budget the learning rate with the best {sweep['by']} on the validation set was taken, "
+        f"over seeds {_list(sweep['seeds'])}; the held-out set had no part in it."
     )
     rows = [
         [
@@ -193,7 +203,7 @@ def _sweep(table: Mapping[str, Any]) -> list[Section]:
     ]
     header = ["row", "learning rate", sweep["by"], "runs", "failed", ""]
     blocks: list[Block] = [
-        Plots(plots=sweep_plots(sweep)),
+        Plots(plots=sweep_plots(suite, sweep)),
         Table(
             caption="Every learning rate tried",
             header=header,

@@ -14,7 +14,7 @@ from megatron_taopd.data import jsonl
 from megatron_taopd.data.pieces import token_pieces
 from megatron_taopd.data.records import Rollout
 from megatron_taopd.errors import DataError
-from megatron_taopd.report.scales import number
+from megatron_taopd.report.scales import number, share
 from megatron_taopd.report.score_tables import ScoreTable
 from megatron_taopd.report.series import sample_evenly
 
@@ -75,7 +75,7 @@ def _dump(path: Path, files: int, most_responses: int, most_tokens: int) -> Text
     shown = [lines[i] for i in sample_evenly(len(lines), most_responses)]
     texts = [_from_dump(line, where, most_tokens) for where, line in shown]
     asked = first.get("keep_ratio_asked")
-    note = f"Selector {first.get('selector')}, budget {number(asked, 'percent')}." if asked is not None else ""
+    note = f"Selector {first.get('selector')}, budget {share(asked)}." if asked is not None else ""
     if files > 3:
         note += f" The run wrote {files} such steps; the first, the middle and the last are shown."
     return TextGroup(title=f"Iteration {first.get('iteration')}", note=note.strip(), texts=texts)
