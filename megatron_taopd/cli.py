@@ -11,6 +11,7 @@ from typing import Any
 
 from megatron_taopd import __version__
 from megatron_taopd.errors import ConfigError, TaopdError
+from megatron_taopd.launch.run_again import as_torchrun_is_told
 
 # Sub-command -> (module:function, one line for --help). Modules are imported when called, so that --help is quick.
 COMMANDS: dict[str, tuple[str, str]] = {
@@ -113,7 +114,7 @@ def run(words: Sequence[str]) -> int:
 def main(words: Sequence[str] | None = None) -> int:
     """Entry point of ``taopd``: the command's exit status, or 2 after a user error, printed in one paragraph."""
     try:
-        return run(sys.argv[1:] if words is None else words)
+        return as_torchrun_is_told(run(sys.argv[1:] if words is None else words))
     except TaopdError as error:
         rank = os.environ.get("RANK")
         where = f" (rank {rank})" if rank not in (None, "0") else ""

@@ -15,13 +15,18 @@ from megatron_taopd.config_file import flag_fields
 from megatron_taopd.errors import ConfigError
 from megatron_taopd.platform.layout import ParallelConfig
 
-# Sub-command -> module:class of its flags, where these alone say how many ranks it can use.
+# Words of a sub-command -> module:class of its flags, where these say what ranks it can use.
 CONFIGS = {
     "train": "megatron_taopd.config:TrainConfig",
     "rollout": "megatron_taopd.config:RolloutCommandConfig",
     "score": "megatron_taopd.config:ScoreConfig",
+    "eval": "megatron_taopd.evaluation.config:EvalConfig",
+    "diagnose bank": "megatron_taopd.diagnostics.config:BankConfig",
+    "diagnose gain": "megatron_taopd.diagnostics.config:GainConfig",
 }
-ONE_PROCESS = ("convert", "doctor", "plan", "report")
+ONE_PROCESS = ("convert", "doctor", "plan", "report", "diagnose report", "suite table")
+STOPS_ON_REQUEST = ("train", "suite run")
+"""They answer a signal with a checkpoint and :data:`~megatron_taopd.exit_status.RUN_AGAIN`, and go on from there."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,19 +46,19 @@ class Command:
         return self.words[0]
 
     @property
-    def trains(self) -> bool:
-        """Whether it writes checkpoints when it is told to stop, and goes on from them."""
-        return self.name == "train"
+    def stops_on_request(self) -> bool:
+        """Whether it stops with a checkpoint when it is told to, and goes on from there."""
+        return _full_name(self.words) in STOPS_ON_REQUEST
 
     @property
     def save(self) -> str | None:
-        """Directory of its checkpoints."""
-        return self.config.checkpoint.save if self.trains else None
+        """Directory of a training run's checkpoints."""
+        return self.config.checkpoint.save if self.name == "train" else None
 
     @property
     def log_dir(self) -> str | None:
-        """Directory of its logs."""
-        return self.config.logging.log_dir if self.trains else None
+        """Directory of a training run's logs."""
+        return self.config.logging.log_dir if self.name == "train" else None
 
     def shown(self) -> str:
         """One line that a shell reads back."""
@@ -112,20 +117,27 @@ def check(words: Sequence[str], *, world_size: int, starts_again: bool = False, 
         near = difflib.get_close_matches(name, known, n=1)
         hint = f"; did you mean {near[0]}?" if near else ""
         raise ConfigError(f"there is no sub-command {name!r} to launch{hint} Available: {', '.join(known)}")
-    if name in ONE_PROCESS and world_size > 1:
+    full_name = _full_name(words)
+    if {name, full_name} & set(ONE_PROCESS) and world_size > 1:
         raise ConfigError(
-            f"taopd {name} works in one process and {world_size} ranks would be started; use --nproc-per-node 1 on one "
-            "node"
+            f"taopd {full_name} works in one process and {world_size} ranks would be started; use --nproc-per-node 1 "
+            "on one node"
         )
-    if name not in CONFIGS:
+    if full_name not in CONFIGS:
         return Command(words=tuple(words))
-    module, config_name = CONFIGS[name].split(":")
-    config = parse(getattr(importlib.import_module(module), config_name), words[1:], name=name)
+    module, config_name = CONFIGS[full_name].split(":")
+    flags = words[len(full_name.split()) :]
+    config = parse(getattr(importlib.import_module(module), config_name), flags, name=full_name)
     notes = _check_ranks(config, world_size, models)
-    command = Command(words=tuple(words), config=config, notes=tuple(notes))
-    if command.trains and starts_again:
+    if name == "train" and starts_again:
         _check_resumes(config.checkpoint.save, config.checkpoint.load)
-    return command
+    return Command(words=tuple(words), config=config, notes=tuple(notes))
+
+
+def _full_name(words: Sequence[str]) -> str:
+    """``diagnose bank`` and its like where a sub-command has actions, else the sub-command."""
+    two = " ".join(words[:2])
+    return two if two in {*CONFIGS, *ONE_PROCESS, *STOPS_ON_REQUEST} else words[0]
 
 
 def _check_ranks(config: Any, world_size: int, look_into_models: bool) -> list[str]:
@@ -142,14 +154,19 @@ def _check_ranks(config: Any, world_size: int, look_into_models: bool) -> list[s
             teacher = own
     if hasattr(config, "batch"):
         config.batch.per_replica(student, replicas)
-    if not look_into_models:
-        return notes
-    models = [(config.models.student if hasattr(config, "models") else config.student, student)]
-    if hasattr(config, "models"):
-        models += [(directory, teacher) for _, directory in config.models.named_teachers()]
-    for directory, layout in models:
-        notes += _check_model(directory, layout)
+    if look_into_models:
+        for directory, layout in _models(config, student, teacher):
+            notes += _check_model(directory, layout)
     return notes
+
+
+def _models(config: Any, student: ParallelConfig, teacher: ParallelConfig) -> list[tuple[str, ParallelConfig]]:
+    """Directory and layout of each model that the flags name."""
+    if hasattr(config, "models"):
+        teachers = [(directory, teacher) for _, directory in config.models.named_teachers()]
+        return [(config.models.student, student), *teachers]
+    names = [getattr(config, field, None) for field in ("student", "model", "checkpoint")]
+    return [(name, student) for name in names if isinstance(name, str)]
 
 
 def _sizes(layout: ParallelConfig) -> str:

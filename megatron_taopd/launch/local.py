@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 import shlex
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_taopd.errors import ConfigError
 from megatron_taopd.exit_status import FINISHED, RUN_AGAIN
 from megatron_taopd.launch import command as commands
+from megatron_taopd.launch import run_again
 from megatron_taopd.launch.config import LocalConfig
 
 JOIN_TIMEOUT = 1800
@@ -40,11 +42,14 @@ def launch(config: LocalConfig, words: Sequence[str]) -> int:
 
     from megatron_taopd.torchrun import main
 
-    status = main(arguments)
-    if status == RUN_AGAIN and config.run_again_file is not None:
-        Path(config.run_again_file).touch()
-        return FINISHED
-    return status
+    with tempfile.TemporaryDirectory() as own:
+        stopped = Path(config.run_again_file or Path(own, "run-again"))
+        os.environ[run_again.VARIABLE] = str(stopped.absolute())
+        status = main(arguments)
+        if status == RUN_AGAIN:  # told to stop before they could do anything
+            stopped.touch()
+            status = FINISHED
+        return RUN_AGAIN if status == FINISHED and config.run_again_file is None and stopped.exists() else status
 
 
 def torchrun_words(config: LocalConfig, nproc_per_node: int, words: Sequence[str]) -> list[str]:

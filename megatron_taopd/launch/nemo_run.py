@@ -87,7 +87,7 @@ def _slurm_executor(run: Any, config: NemoRunConfig, command: Command) -> Any:
     threads = max(1, (resources.cpus_per_task or 1) // resources.nproc_per_node)
     variables = config.ranks.environment(threads=threads)
     signal = None
-    if command.trains and stopping.signal_before_end:
+    if command.stops_on_request and stopping.signal_before_end:
         # The signal goes to torchrun, which hands SIGTERM to the ranks and gives them this long to write and stop.
         signal = f"TERM@{stopping.signal_before_end}"
         variables["TORCHELASTIC_SHUTDOWN_TIMEOUT"] = str(stopping.signal_before_end)

@@ -100,7 +100,7 @@ def _directives(config: SlurmConfig, command: Command) -> list[str]:
     """Options of sbatch, one a line of the script."""
     resources, stopping = config.resources, config.stopping
     gpus = None if resources.gres is not None or not resources.num_gpus else resources.num_gpus
-    signal = f"B:USR1@{stopping.signal_before_end}" if command.trains and stopping.signal_before_end else None
+    signal = f"B:USR1@{stopping.signal_before_end}" if command.stops_on_request and stopping.signal_before_end else None
     directory = str(job_directory(config, command))
     options = {
         "job-name": _job_name(config, command),

@@ -1,4 +1,5 @@
-"""A SLURM of one machine for the tests: munged, slurmctld and slurmd with ports, keys and directories of their own."""
+"""A SLURM of two nodes on one machine for the tests: munged, slurmctld and a slurmd a node, with ports, keys and
+directories of their own."""
 
 from __future__ import annotations
 
@@ -17,17 +18,16 @@ CONFIG = """\
 ClusterName=taopd-test
 SlurmctldHost={host}(127.0.0.1)
 SlurmctldPort={controller_port}
-SlurmdPort={node_port}
 SlurmUser=root
 AuthType=auth/munge
 AuthInfo=socket={root}/munge.socket
 CredType=cred/munge
 StateSaveLocation={root}/state
-SlurmdSpoolDir={root}/spool
+SlurmdSpoolDir={root}/spool-%n
 SlurmctldPidFile={root}/slurmctld.pid
-SlurmdPidFile={root}/slurmd.pid
+SlurmdPidFile={root}/slurmd-%n.pid
 SlurmctldLogFile={root}/slurmctld.log
-SlurmdLogFile={root}/slurmd.log
+SlurmdLogFile={root}/slurmd-%n.log
 ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
 SwitchType=switch/none
@@ -39,14 +39,16 @@ SchedulerType=sched/backfill
 SchedulerParameters=sched_interval=2,bf_interval=2,batch_sched_delay=0
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
-KillWait=30
+KillWait=60
 MessageTimeout=30
 InactiveLimit=0
-NodeName={host} NodeAddr=127.0.0.1 CPUs={cpus} RealMemory=1000 State=UNKNOWN
-PartitionName=low Nodes={host} Default=YES MaxTime=INFINITE State=UP PriorityTier=1
-PartitionName=patient Nodes={host} MaxTime=INFINITE State=UP PriorityTier=1 GraceTime=60
-PartitionName=high Nodes={host} MaxTime=INFINITE State=UP PriorityTier=10 PreemptMode=OFF
+{nodes}
+PartitionName=low Nodes=ALL Default=YES MaxTime=INFINITE State=UP PriorityTier=1
+PartitionName=patient Nodes=ALL MaxTime=INFINITE State=UP PriorityTier=1 GraceTime=60
+PartitionName=high Nodes=ALL MaxTime=INFINITE State=UP PriorityTier=10 PreemptMode=OFF
 """
+# Names that every machine finds without asking: the ranks reach each other by them.
+NODE = "NodeName={name} NodeAddr=127.0.0.1 Port={port} CPUs=1 RealMemory=100 State=UNKNOWN"
 
 
 def missing_programs() -> list[str]:
@@ -64,25 +66,21 @@ class Cluster:
     def __init__(self, root: Path) -> None:
         self.root = root
         self.host = socket.gethostname().split(".")[0]
+        self.nodes = ["127.0.0.2", "127.0.0.3"]
         self.environment = {
             **{name: value for name, value in os.environ.items() if not name.startswith("SLURM")},
             "PATH": _path(),
             "SLURM_CONF": str(root / "slurm.conf"),
         }
-        self._pid_files = [root / f"{name}.pid" for name in ("slurmd", "slurmctld", "munged")]
+        daemons = [*(f"slurmd-{node}" for node in self.nodes), "slurmctld", "munged"]
+        self._pid_files = [root / f"{name}.pid" for name in daemons]
 
     def start(self) -> None:
-        """Start the daemons and wait until the node is idle."""
-        for name in ("state", "spool"):
-            (self.root / name).mkdir(parents=True)
-        controller_port, node_port = _free_ports(2)
-        text = CONFIG.format(
-            host=self.host,
-            root=self.root,
-            controller_port=controller_port,
-            node_port=node_port,
-            cpus=os.cpu_count(),
-        )
+        """Start the daemons and wait until the nodes are idle."""
+        (self.root / "state").mkdir(parents=True)
+        controller_port, *ports = _free_ports(1 + len(self.nodes))
+        nodes = [NODE.format(name=name, port=port) for name, port in zip(self.nodes, ports, strict=True)]
+        text = CONFIG.format(host=self.host, root=self.root, controller_port=controller_port, nodes="\n".join(nodes))
         (self.root / "slurm.conf").write_text(text)
         key = self.root / "munge.key"
         key.write_bytes(os.urandom(1024))
@@ -97,12 +95,14 @@ class Cluster:
             f"--seed-file={self.root / 'munge.seed'}",
         )
         self.run("slurmctld", "-c")
-        self.run("slurmd", "-c", "-N", self.host)
-        self.wait(lambda: "idle" in self.run("sinfo", "--noheader", "--format=%t"), "an idle node", timeout=60)
+        for node in self.nodes:
+            self.run("slurmd", "-c", "-N", node)
+        self.wait(self._is_idle, "idle nodes", timeout=60)
 
     def stop(self) -> None:
         """End jobs and daemons, by the ids that they wrote."""
-        subprocess.run(["scancel", "--user=root"], env=self.environment, capture_output=True, timeout=30)
+        if (self.root / "slurmctld.pid").exists():
+            subprocess.run(["scancel", "--user=root"], env=self.environment, capture_output=True, timeout=30)
         pids = [int(file.read_text()) for file in self._pid_files if file.exists() and file.read_text().strip()]
         for pid in pids:
             _send(pid, signal.SIGTERM)
@@ -111,6 +111,10 @@ class Cluster:
             time.sleep(0.1)
         for pid in pids:
             _send(pid, signal.SIGKILL)
+
+    def _is_idle(self) -> bool:
+        states = self.run("sinfo", "--noheader", "--Node", "--partition=low", "--format=%t").split()
+        return states == ["idle"] * len(self.nodes)
 
     def run(self, *words: str | Path, **changes: str) -> str:
         """Standard output of a command; an error shows all that it said."""
@@ -130,11 +134,13 @@ class Cluster:
         text = self.run("scontrol", "show", "job", "--oneliner", job)
         return dict(word.split("=", 1) for word in text.split() if "=" in word)
 
-    def wait(self, happened: Callable[[], object], what: str, *, timeout: float) -> None:
+    def wait(self, happened: Callable[[], object], what: str | Callable[[], str], *, timeout: float) -> None:
         """Look ten times a second until it has happened."""
         deadline = time.monotonic() + timeout
         while not happened():
-            assert time.monotonic() < deadline, f"no {what} in {timeout} s; daemons' logs are in {self.root}"
+            if time.monotonic() > deadline:
+                missed = what if isinstance(what, str) else what()
+                raise AssertionError(f"not in {timeout:g} s: {missed}; the daemons' logs are in {self.root}")
             time.sleep(0.1)
 
 

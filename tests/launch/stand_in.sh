@@ -1,0 +1,26 @@
+#!/usr/bin/env bash
+# Stands in for python in `python -m megatron_taopd launch local … --run-again-file FILE -- train …`, where a test is about
+# the batch script and SLURM alone. What it does on the first start: MODE=wait until told to stop, then pretend a
+# checkpoint; MODE=stuck the same without one; MODE=fail on the second node. It finishes when it is started again.
+while [[ $1 != --run-again-file ]]; do shift; done
+run_again=$2
+echo "start ${SLURM_RESTART_COUNT:-0} of node $SLURM_NODEID on $SLURMD_NODENAME: $*"
+
+stop() {
+  echo "asked to stop: $1"
+  if [[ $MODE == wait ]]; then
+    mkdir -p "$SAVE"
+    echo 7 > "$SAVE/latest_checkpointed_iteration.txt"
+  fi
+  touch "$run_again"
+  exit 0
+}
+trap 'stop USR1' USR1
+trap 'stop TERM' TERM
+
+if [[ ${SLURM_RESTART_COUNT:-0} != 0 ]]; then
+  exit 0
+elif [[ $MODE == fail && $SLURM_NODEID == 1 ]]; then
+  exit 3
+fi
+while true; do sleep 0.1; done
