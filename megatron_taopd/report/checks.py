@@ -46,7 +46,7 @@ def _interruptions(run: RunDirectory) -> list[Notice]:
         )
     missing = done - int(run.metrics[0]["iteration"]) + 1 - len(run.metrics)
     if missing:
-        found.append(_warn(f"{missing} iterations between the first and the last one are not in metrics.jsonl."))
+        found.append(_warn(f"Iterations that metrics.jsonl lacks between its first and its last: {missing}."))
     if len(run.starts) > 1:
         versions = [start.get("versions") for start in run.starts]
         changed = (
@@ -63,9 +63,8 @@ def _numbers(run: RunDirectory) -> list[Notice]:
         found.append(
             _warn(f"{skipped} of {len(run.metrics)} steps were refused by the optimizer (a gradient was not finite).")
         )
-    odd = [
-        name for name in ("loss", "grad_norm", "kl_forward") if any(v != v or math.isinf(v) for v in run.series(name))
-    ]
+    watched = ("loss", "grad_norm", "kl_forward")
+    odd = [name for name in watched if any(not math.isfinite(line.get(name, 0.0)) for line in run.metrics)]
     if odd:
         found.append(_warn(f"Not a finite number in some iterations: {', '.join(odd)}."))
     kept, asked = _mean(run, "keep_ratio"), _mean(run, "keep_ratio_asked")

@@ -117,7 +117,7 @@ def tick_label(value: float, step: float, kind: Format) -> str:
         text = f"{mantissa}e{int(exponent)}" if exponent else text
     else:
         decimals = max(0, -math.floor(math.log10(step) + 1e-9))
-        if decimals and round(step * 10**decimals) != round(step * 10**decimals, 6):
+        if round(step * 10**decimals) != round(step * 10**decimals, 6):
             decimals += 1  # 2.5 and its like
         text = f"{value:,.{decimals}f}"
     text = "0" if float(text.replace(",", "")) == 0 else text

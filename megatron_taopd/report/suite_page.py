@@ -11,7 +11,7 @@ from megatron_taopd.report.blocks import Block, Fact, Facts, Notices, Page, Plot
 from megatron_taopd.report.checks import Notice
 from megatron_taopd.report.scales import number, share
 from megatron_taopd.report.suite_directory import SuiteDirectory
-from megatron_taopd.report.suite_plots import curve_plots, measure_plots, sweep_plots, unit_of
+from megatron_taopd.report.suite_plots import curve_plots, measure_plots, sweep_plots, title_of, unit_of
 
 COSTS = ("tokens_supervised", "keep_ratio", "wall_time", "peak_memory")
 
@@ -110,9 +110,9 @@ def _notices(suite: SuiteDirectory) -> list[Notice]:
 def _measures(suite: SuiteDirectory, key: str, title: str, names: list[str], lead: str) -> list[Section]:
     blocks: list[Block] = []
     for name in names:
-        plots = measure_plots(suite, name)
+        plots = measure_plots(suite, name, compare=key == "results")
         if plots:
-            blocks.append(Plots(title=str(suite.table["measures"][name]["title"]).capitalize(), plots=plots))
+            blocks.append(Plots(title=title_of(suite.table["measures"][name]), plots=plots))
     return [Section(key=key, title=title, lead=lead, blocks=blocks)] if blocks else []
 
 

@@ -41,13 +41,12 @@ def estimate(measured: Mapping[str, Any] | None, factor: float) -> Estimate:
     return mean, None if half is None else (mean - half * factor, mean + half * factor)
 
 
-def measure_plots(suite: SuiteDirectory, name: str) -> list[Plot]:
-    """A measure: against the budget, and at every budget with its seeds and beside the baseline."""
-    measure = suite.table["measures"][name]
+def measure_plots(suite: SuiteDirectory, name: str, *, compare: bool) -> list[Plot]:
+    """A measure: against the budget, and at every budget with its seeds; with ``compare`` minus the baseline, too."""
     plots: list[Plot | None] = [_against_budget(suite, name)] if len(suite.budgets) > 1 else []
     for budget in suite.budgets_or_none:
         plots.append(_at_budget(suite, name, budget))
-        if measure["better"] is not None and suite.table["baseline"] is not None:
+        if compare and suite.table["baseline"] is not None:
             plots.append(_differences(suite, name, budget))
     return [plot for plot in plots if plot is not None]
 
@@ -82,7 +81,7 @@ def _at_budget(suite: SuiteDirectory, name: str, budget: float | None) -> Plot |
     rule = (f"{baseline[0]['method']}, mean", baseline[0]["measures"][name]["mean"] * factor) if baseline else None
     return forest(
         key=f"suite-{safe(name)}-{safe(f'{budget:g}') if budget is not None else 'all'}",
-        title=f"{_title(measure)}{_at(budget)}",
+        title=f"{title_of(measure)}{_at(budget)}",
         unit=_words(measure),
         names=[row["method"] for row in rows],
         groups={"": [estimate(row["measures"][name], factor) for row in rows]},
@@ -105,7 +104,7 @@ def _differences(suite: SuiteDirectory, name: str, budget: float | None) -> Plot
         return None
     return forest(
         key=f"suite-{safe(name)}-{safe(f'{budget:g}') if budget is not None else 'all'}-difference",
-        title=f"{_title(measure)}{_at(budget)}: minus {suite.table['baseline']}",
+        title=f"{title_of(measure)}{_at(budget)}: minus {suite.table['baseline']}",
         unit=f"{'percentage points' if kind == 'percent' else unit} over the same seeds, {measure['better']} is better",
         names=[row["method"] for row in rows],
         groups={"": [estimate(row["measures"][name]["versus_baseline"], factor) for row in rows]},
@@ -136,16 +135,16 @@ def _against_budget(suite: SuiteDirectory, name: str) -> Plot:
         )
     return Plot(
         key=f"suite-{safe(name)}-budgets",
-        title=f"{_title(measure)} against the budget",
+        title=f"{title_of(measure)} against the budget",
         x=Axis(label="budget", scale="log", format="percent"),
         y=Axis(label=_words(measure), format=kind),
         marks=marks,
         note="Means over seeds; the intervals are in the plots of each budget.",
-        summary=f"{_title(measure)} of {len(methods)} methods at {len(suite.budgets)} budgets, as in the table.",
+        summary=f"{title_of(measure)} of {len(methods)} methods at {len(suite.budgets)} budgets, as in the table.",
     )
 
 
-def _title(measure: Mapping[str, Any]) -> str:
+def title_of(measure: Mapping[str, Any]) -> str:
     title = str(measure["title"])
     return title[:1].upper() + title[1:]
 
