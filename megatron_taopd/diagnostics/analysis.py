@@ -142,7 +142,7 @@ def _rankings(scores: Scores, config: ReportConfig) -> list[Ranked]:
     k, rankings = config.support_k, []
     for selector in config.resolved_selectors:
         rankings.append(scores.ranked(selector, k))
-        if selector in USES_COMPATIBILITY:
+        if selector in USES_COMPATIBILITY - {"compatibility"}:  # which ranks alike, scaled or not
             rankings.append(scores.ranked(selector, k, "exact", "raw"))
         if selector in SELECTORS and selector not in ("random", "prefix", "full", "entropy"):
             rankings.append(scores.ranked(selector, k, "upstream"))

@@ -238,5 +238,5 @@ def open_bank(directory: str | Path) -> Bank:
                 f"{RECORD}; make the bank again"
             )
     table = pyarrow.parquet.read_table(directory / POSITIONS)
-    positions = {name: table[name].to_numpy() for name in table.column_names}
+    positions = {name: table[name].to_numpy().copy() for name in table.column_names}  # copied: torch wants to own it
     return Bank(directory=directory, record=record, positions=positions)

@@ -18,7 +18,8 @@ CONFIDENCE = 0.95
 
 
 class PromptBootstrap:
-    """Percentile intervals of ratios of sums; the same draws for every question."""
+    """Percentile intervals of ratios of sums; the same draws for every question. A draw that has none of the positions
+    asked about is left out."""
 
     def __init__(self, prompt_index: np.ndarray, *, draws: int, seed: int) -> None:
         """
@@ -58,21 +59,25 @@ class PromptBootstrap:
         )
 
     def _interval(self, statistic: Callable[..., np.ndarray], *sums: np.ndarray) -> list[float]:
-        result = library("scipy.stats").bootstrap(
-            sums,
-            statistic,
-            paired=True,
-            vectorized=True,
-            n_resamples=self.draws,
-            confidence_level=CONFIDENCE,
-            method="percentile",
-            rng=np.random.default_rng(self.seed),
-        )
-        return [float(result.confidence_interval.low), float(result.confidence_interval.high)]
+        stats = library("scipy.stats")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", stats.DegenerateDataWarning)  # all draws alike: an interval of no width
+            result = stats.bootstrap(
+                sums,
+                statistic,
+                paired=True,
+                vectorized=True,
+                n_resamples=self.draws,
+                confidence_level=CONFIDENCE,
+                method="percentile",
+                rng=np.random.default_rng(self.seed),
+            )
+        tail = (1 - CONFIDENCE) / 2
+        return [float(edge) for edge in np.nanquantile(result.bootstrap_distribution, [tail, 1 - tail])]
 
 
 def _ratio(total: np.ndarray, count: np.ndarray, axis: int) -> np.ndarray:
-    with np.errstate(invalid="ignore"):  # a draw may have none of the positions: NaN
+    with np.errstate(invalid="ignore"):
         return total.sum(axis) / count.sum(axis)
 
 

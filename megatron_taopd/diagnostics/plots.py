@@ -112,7 +112,7 @@ def _quartiles(report: Record) -> Any:
             panel.set(xticks=[1, 2, 3, 4], title=labels[score] if at_row == 0 else "")
             panel.tick_params(labelsize=7)
         axes[at_row, 0].set_ylabel(f"mean G (nats)\n{labels[region]}", fontsize=8)
-    axes[0, 0].legend(frameon=False, fontsize=7)
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), frameon=False, fontsize=8, loc="outside right upper")
     figure.supxlabel("quartile of the score", fontsize=9)
     return figure
 
@@ -145,8 +145,8 @@ def _regressions(report: Record) -> Any:
             panel.set(yticks=range(len(names)), yticklabels=[labels[name] for name in names])
             panel.invert_yaxis()
             panel.set(xlabel="standardised coefficient", title=f"{checkpoint['name']}: {model}")
-            if names:
-                panel.legend(frameon=False, fontsize=7)
+            if names and at_column == 1:
+                panel.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0))
     return figure
 
 
