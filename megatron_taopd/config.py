@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from megatron_taopd.checkpoint_config import CheckpointConfig
 from megatron_taopd.data.config import DataConfig
 from megatron_taopd.errors import ConfigError
 from megatron_taopd.losses import LossConfig
@@ -17,7 +18,6 @@ from megatron_taopd.platform.layout import ParallelConfig, TeacherParallelConfig
 from megatron_taopd.rollout.config import RolloutConfig
 from megatron_taopd.run_config import (
     BatchConfig,
-    CheckpointConfig,
     LoggingConfig,
     ModelPairConfig,
     OptimizationConfig,

@@ -27,3 +27,7 @@ class DamagedCheckpointError(CheckpointError):
 
 class TokenizerMismatchError(TaopdError):
     """Student and teacher do not read or stop on the same token ids."""
+
+
+class NonFiniteError(TaopdError):
+    """The loss or the gradient of a training step is not finite."""

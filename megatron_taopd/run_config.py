@@ -219,6 +219,9 @@ class OptimizationConfig:
     """Clip the global gradient norm to this; 0 does not clip (the norm is logged all the same)."""
     use_distributed_optimizer: bool = False
     """Shard optimizer state and main weights over the data-parallel ranks (Adam only)."""
+    max_skipped_non_finite: int = 0
+    """Leave out so many steps of the run whose loss or gradient is not finite; the next one ends it. The batch of each
+    is written to non_finite/ in --log-dir (or --save)."""
 
     def __post_init__(self) -> None:
         if self.lr < 0 or self.min_lr < 0:
@@ -227,6 +230,8 @@ class OptimizationConfig:
             raise ConfigError(f"--min-lr {self.min_lr} is above --lr {self.lr}; lower it")
         if self.lr_warmup_iters < 0:
             raise ConfigError(f"--lr-warmup-iters {self.lr_warmup_iters} must not be negative")
+        if self.max_skipped_non_finite < 0:
+            raise ConfigError(f"--max-skipped-non-finite {self.max_skipped_non_finite} must not be negative")
         if self.clip_grad < 0:
             raise ConfigError(f"--clip-grad {self.clip_grad} must be 0 (no clipping) or positive")
         if self.use_distributed_optimizer and self.optimizer != "adam":
@@ -259,30 +264,6 @@ class RecomputeConfig:
                 "--recompute-method and --recompute-num-layers have an effect with --recompute-granularity full "
                 f"only, which is {self.recompute_granularity}"
             )
-
-
-@dataclass(kw_only=True)
-class CheckpointConfig:
-    """What is kept."""
-
-    save: str | None = None
-    """Directory for Megatron checkpoints (torch_dist)."""
-    save_interval: int | None = None
-    """Checkpoint every so many iterations (default: at the end only)."""
-    load: str | None = None
-    """Resume from the newest checkpoint of this directory; with the same directory as --save, an empty one starts
-    a new run."""
-    export_hf: str | None = None
-    """Write the trained student as an HF directory at the end."""
-
-    def __post_init__(self) -> None:
-        if self.save_interval is not None:
-            if self.save is None:
-                raise ConfigError(
-                    f"--save-interval {self.save_interval} has no effect without --save; name a directory"
-                )
-            if self.save_interval < 1:
-                raise ConfigError(f"--save-interval {self.save_interval} must be at least 1")
 
 
 @dataclass(kw_only=True)

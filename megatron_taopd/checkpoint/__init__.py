@@ -14,6 +14,7 @@ from megatron_taopd.checkpoint.layout import (
     hf_files_dir,
     is_megatron_checkpoint,
     read_latest_iteration,
+    read_saved_config,
 )
 from megatron_taopd.checkpoint.loading import LoadedState, load_checkpoint, load_head_weight, load_model_weights
 from megatron_taopd.checkpoint.newest import load_newest_checkpoint
@@ -30,5 +31,6 @@ __all__ = [
     "load_model_weights",
     "load_newest_checkpoint",
     "read_latest_iteration",
+    "read_saved_config",
     "save_checkpoint",
 ]

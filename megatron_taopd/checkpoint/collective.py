@@ -7,12 +7,12 @@ from typing import Any, TypeVar
 
 import torch.distributed as dist
 
-from megatron_taopd.errors import CheckpointError
+from megatron_taopd.errors import CheckpointError, TaopdError
 
 Result = TypeVar("Result")
 
 
-def raise_together(message: str | None, kind: type[CheckpointError] = CheckpointError) -> None:
+def raise_together(message: str | None, kind: type[TaopdError] = CheckpointError) -> None:
     """Raise an error on every rank if any rank brings a message. Collective."""
     messages: list[str | None] = [None] * dist.get_world_size()
     dist.all_gather_object(messages, message)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 from megatron_taopd.errors import CheckpointError
 
@@ -151,6 +153,14 @@ def hf_files_dir(directory: str | Path, iteration: int | None = None) -> Path:
             f"the files of the original Hugging Face directory (without weights) into {path / HF_FILES}"
         )
     return path / HF_FILES
+
+
+def read_saved_config(checkpoint: Path) -> dict[str, Any] | None:
+    """The configuration of the run that wrote a checkpoint; None where there is none to read."""
+    try:
+        return json.loads((checkpoint / RUN_CONFIG).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
 
 
 def copy_hf_files(source: str | Path, target: Path) -> None:

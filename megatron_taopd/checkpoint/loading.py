@@ -27,6 +27,7 @@ from megatron_taopd.errors import CheckpointError, DamagedCheckpointError
 class LoadedState:
     """What a checkpoint told beside the state it put into the objects."""
 
+    path: Path
     iteration: int
     """Training steps done."""
     extra_state: dict[str, Any]
@@ -141,7 +142,9 @@ def _load(
         scheduler.load_state_dict(loaded["opt_param_scheduler"])
     restored = not weights_only and restore_random_state(path, about.get("layout"))
     dist.barrier()
-    return LoadedState(iteration=iteration, extra_state=about.get("extra_state", {}), random_state_restored=restored)
+    return LoadedState(
+        path=path, iteration=iteration, extra_state=about.get("extra_state", {}), random_state_restored=restored
+    )
 
 
 def _find_together(directory: str | Path, iteration: int | None) -> tuple[Path, int]:

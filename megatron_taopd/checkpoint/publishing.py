@@ -12,7 +12,6 @@ import shutil
 from pathlib import Path
 
 from megatron_taopd.checkpoint import layout
-from megatron_taopd.errors import CheckpointError
 
 logger = logging.getLogger(__name__)
 
@@ -80,19 +79,16 @@ def set_damaged_aside(path: Path, fallback: int) -> None:
     layout.write_latest_iteration(path.parent, fallback)
 
 
-def check_writable(directory: Path) -> None:
-    """Try it before any work is done.
-
-    Raises:
-        CheckpointError: nothing can be written there.
-    """
+def why_not_writable(directory: Path) -> str | None:
+    """Try to write a file, before any work is done; the system's error, or None."""
     probe = directory / f".probe-{secrets.token_hex(4)}"
     try:
         directory.mkdir(parents=True, exist_ok=True)
         probe.write_bytes(b"\0" * 4096)
         probe.unlink()
     except OSError as error:
-        raise CheckpointError(f"--save {directory} cannot be written: {error}; name another directory") from error
+        return str(error)
+    return None
 
 
 def about_last_good(directory: Path) -> str:

@@ -9,26 +9,44 @@ from typing import TYPE_CHECKING
 from megatron_taopd.cli import parse
 from megatron_taopd.commands.common import announce, ranks
 from megatron_taopd.config import TrainConfig
+from megatron_taopd.exit_status import FINISHED, RUN_AGAIN
 
 if TYPE_CHECKING:
     from megatron_taopd.training.hooks.base import Hook
+    from megatron_taopd.training.loop import Trainer
+    from megatron_taopd.training.stopping import Stopping
 
 logger = logging.getLogger(__name__)
 
 
-def train(words: Sequence[str]) -> None:
-    """Distil a teacher into a student on the student's own responses."""
+def train(words: Sequence[str]) -> int:
+    """Distil a teacher into a student on the student's own responses; returns the exit status."""
     config: TrainConfig = parse(TrainConfig, words, name="train")
     with ranks(config.parallel, seed=config.seed):
-        run_training(config)
+        return FINISHED if run_training(config) else RUN_AGAIN
 
 
-def run_training(config: TrainConfig, *, further_hooks: Sequence[Hook] = ()) -> None:
+def run_training(config: TrainConfig, *, further_hooks: Sequence[Hook] = ()) -> bool:
     """Train as configured; process groups exist. Everything that can be refused is refused before any step.
 
     Args:
         further_hooks: called after those that the configuration asks for.
+
+    Returns:
+        False where the run stopped early, as asked, and goes on from its checkpoint.
     """
+    from megatron_taopd.training.stopping import Stopping
+    from megatron_taopd.training.watchdog import Watchdog
+
+    with Stopping(config.checkpoint) as stopping:
+        trainer = prepare_training(config, further_hooks=further_hooks, stopping=stopping)
+        with Watchdog(60 * config.parallel.distributed_timeout_minutes):
+            return trainer.fit()
+
+
+def prepare_training(config: TrainConfig, *, further_hooks: Sequence[Hook], stopping: Stopping) -> Trainer:
+    """Models, data, optimizer and hooks; resumed where a checkpoint is to be loaded."""
+    from megatron_taopd.training.directories import check_writable
     from megatron_taopd.training.hooks.checkpoint import CheckpointHook, ExportHook
     from megatron_taopd.training.hooks.console import ConsoleHook
     from megatron_taopd.training.hooks.kept_tokens import KeptTokensHook
@@ -41,6 +59,7 @@ def run_training(config: TrainConfig, *, further_hooks: Sequence[Hook] = ()) -> 
     from megatron_taopd.training.sources import open_source
 
     batch, logging_config, checkpoint = config.batch, config.logging, config.checkpoint
+    check_writable(config)
     resolved = announce(config, "taopd train", save_to=logging_config.log_dir)
     local_batch_size(batch.global_batch_size, batch.micro_batch_size, config.parallel)
     pair = load_pair(
@@ -72,7 +91,9 @@ def run_training(config: TrainConfig, *, further_hooks: Sequence[Hook] = ()) -> 
             student=student,
             optimizer=optimizer,
             scheduler=scheduler,
-            may_be_empty=checkpoint.load == checkpoint.save,
+            source=source,
+            resolved_config=resolved,
+            is_own=checkpoint.load == checkpoint.save,
         )
     hooks: list[Hook] = [ConsoleHook(logging_config.log_interval)]
     if logging_config.log_dir is not None:
@@ -81,10 +102,10 @@ def run_training(config: TrainConfig, *, further_hooks: Sequence[Hook] = ()) -> 
     if logging_config.tensorboard_dir is not None:
         hooks.append(TensorBoardHook(logging_config.tensorboard_dir))
     if checkpoint.save is not None:
-        hooks.append(CheckpointHook(checkpoint.save, checkpoint.save_interval, resolved))
+        hooks.append(CheckpointHook(checkpoint, resolved))
     if checkpoint.export_hf is not None:
         hooks.append(ExportHook(checkpoint.export_hf))
-    trainer = Trainer(
+    return Trainer(
         config,
         pair=pair,
         student=student,
@@ -93,5 +114,5 @@ def run_training(config: TrainConfig, *, further_hooks: Sequence[Hook] = ()) -> 
         source=source,
         hooks=[*hooks, *further_hooks],
         state=state,
+        stopping=stopping,
     )
-    trainer.fit()

@@ -14,7 +14,7 @@ from megatron_taopd.convert.mapping import Rule, named, rules
 from megatron_taopd.convert.parameters import parameters_with_rules
 from megatron_taopd.errors import ModelError
 from megatron_taopd.models.hf_config import HFModelConfig
-from megatron_taopd.platform import device, distributed
+from megatron_taopd.platform import device, distributed, progress
 
 if TYPE_CHECKING:
     from megatron_taopd.models.gpt import DistillationGPTModel
@@ -56,6 +56,7 @@ def export_hf(
     failure = _attempt(writer.begin) if writer else None
     _raise_together(failure)
     for name, tensor in _whole_tensors(modules, hf):
+        progress.beat()
         # After a failure the tensors still have to be received, or their senders would wait for ever.
         if writer is not None and failure is None:
             failure = _attempt(writer.add, name, tensor)

@@ -16,7 +16,6 @@ _SIZES = (
     "num_virtual_stages_per_pipeline_rank",
     "decoder_first_pipeline_num_layers",
     "decoder_last_pipeline_num_layers",
-    "distributed_timeout_minutes",
 )
 _UNEVEN_SPLITS = (
     "decoder_first_pipeline_num_layers",
@@ -61,14 +60,18 @@ class ParallelConfig:
     """Ranks that share each expert's ffn (default: --tensor-model-parallel-size)."""
     sequence_parallel: bool = False
     """Split what lies between the tensor-parallel regions over the sequence: saves memory, needs TP > 1."""
-    distributed_timeout_minutes: int = 10
-    """How long a collective may wait for a rank before the run is given up."""
+    distributed_timeout_minutes: float = 10
+    """How long a collective may wait for a rank, and a rank take for a piece of work, before the run is given up."""
 
     def __post_init__(self) -> None:
         for name in _SIZES:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"{self.flag(name)} must be at least 1, got {value}")
+        if not self.distributed_timeout_minutes > 0:
+            raise ConfigError(
+                f"{self.flag('distributed_timeout_minutes')} {self.distributed_timeout_minutes} must be positive"
+            )
         if self.sequence_parallel and self.tensor_model_parallel_size == 1:
             raise ConfigError(
                 "--sequence-parallel has no effect with --tensor-model-parallel-size 1: "

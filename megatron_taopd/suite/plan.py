@@ -30,6 +30,10 @@ CHANGES_NOTHING = {
     "load",
     "export_hf",
     "save_interval",
+    "async_save",
+    "keep_last_checkpoints",
+    "exit_interval",
+    "exit_duration_in_mins",
     "log_interval",
     "distributed_timeout_minutes",
 }

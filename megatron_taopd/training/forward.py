@@ -14,13 +14,14 @@ from megatron.core.transformer import TransformerConfig
 
 from megatron_taopd.data.batches import MicroBatch
 from megatron_taopd.ops.rows import gather_rows
-from megatron_taopd.platform import distributed
+from megatron_taopd.platform import distributed, progress
 
 Result = TypeVar("Result")
 
 
 def call_model(module: torch.nn.Module, micro_batch: MicroBatch) -> torch.Tensor:
     """This stage's output for a micro-batch: on the last stage final hidden states [S (/TP under SP), B, H]."""
+    progress.beat()
     packed = _packed_params(micro_batch)
     return module(micro_batch.tokens_BS, micro_batch.position_ids_BS, None, packed_seq_params=packed)
 

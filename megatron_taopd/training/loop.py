@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
+import copy
 import logging
+import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
-from megatron.core.distributed import (
-    DistributedDataParallel,
-    DistributedDataParallelConfig,
-    finalize_model_grads,
-)
+import torch
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megatron_taopd.config import TrainConfig
 from megatron_taopd.data.batches import MicroBatch
 from megatron_taopd.data.records import Rollout
-from megatron_taopd.platform import distributed
+from megatron_taopd.errors import NonFiniteError
+from megatron_taopd.platform import distributed, progress
 from megatron_taopd.platform.layout import ParallelConfig
 from megatron_taopd.run_config import BatchConfig
 from megatron_taopd.training.batching import replica_micro_batches
@@ -27,11 +28,13 @@ from megatron_taopd.training.forward import run_schedule
 from megatron_taopd.training.hooks.base import Hook
 from megatron_taopd.training.metrics import step_metrics
 from megatron_taopd.training.monitor import Monitor
+from megatron_taopd.training.non_finite import FiniteCheck, write_down
 from megatron_taopd.training.pair import ModelPair
 from megatron_taopd.training.phases import open_scope
 from megatron_taopd.training.scopes import Outcome, SelectionScope
 from megatron_taopd.training.sources import ResponseSource
 from megatron_taopd.training.step import DistillationForwardStep
+from megatron_taopd.training.stopping import Stopping
 
 logger = logging.getLogger(__name__)
 
@@ -44,6 +47,8 @@ class TrainState:
     consumed_samples: int = 0
     selection: dict[str, Any] = field(default_factory=dict)
     """What the selection knows of earlier steps, as it was when the run started or resumed."""
+    skipped_non_finite: int = 0
+    """Steps left out because a loss or gradient was not finite."""
 
 
 def local_batch_size(global_batch_size: int, micro_batch_size: int, parallel: ParallelConfig) -> int:
@@ -64,7 +69,7 @@ def wrap_student(pair: ModelPair, *, use_distributed_optimizer: bool, bf16: bool
             ddp_config=DistributedDataParallelConfig(
                 grad_reduce_in_fp32=bf16,
                 use_distributed_optimizer=use_distributed_optimizer,
-                check_for_nan_in_grad=True,
+                check_for_nan_in_grad=False,  # non_finite.py does, on all ranks together
             ),
             module=module,
         )
@@ -86,6 +91,7 @@ class Trainer:
         source: ResponseSource,
         hooks: Sequence[Hook] = (),
         state: TrainState | None = None,
+        stopping: Stopping | None = None,
     ) -> None:
         self.config = config
         self.pair = pair
@@ -94,7 +100,9 @@ class Trainer:
         self.scheduler = scheduler
         self.source = source
         self.hooks = list(hooks)
+        self.silenced: list[Hook] = []
         self.state = state or TrainState()
+        self.stopping = stopping or Stopping(config.checkpoint)
         self.temperature = config.scoring.resolve_temperature(config.rollout.temperature)
         self.local_batch_size = local_batch_size(
             config.batch.global_batch_size, config.batch.micro_batch_size, config.parallel
@@ -106,52 +114,103 @@ class Trainer:
             temperature=self.temperature,
             logits_chunk_bytes=config.scoring.logits_chunk_bytes,
         )
-        self.scope: SelectionScope = open_scope(
-            config, pair, student, temperature=self.temperature, saved=self.state.selection
-        )
+        self.scope = self._open_scope(self.state.selection)
+        self.finite = FiniteCheck(student)
         self.monitor = Monitor(config, pair)
         self.last_step: tuple[list[Rollout], Outcome] | None = None
         model_config = pair.student.config
-        model_config.finalize_model_grads_func = finalize_model_grads
+        model_config.finalize_model_grads_func = self.finite.finalize_grads
         model_config.grad_scale_func = optimizer.scale_loss
 
-    def fit(self) -> None:
-        """Train up to ``--train-iters``; hooks see every step."""
+    @property
+    def finished(self) -> bool:
+        """Whether the last step is done."""
+        return self.state.iteration >= self.config.batch.train_iters
+
+    def fit(self) -> bool:
+        """Train up to ``--train-iters``; hooks see every step.
+
+        Returns:
+            False where the run was asked to stop earlier.
+
+        Raises:
+            NonFiniteError: a step cannot be made; hooks have seen the run stop ahead of it.
+        """
         for hook in self.hooks:
             hook.on_start(self)
-        while self.state.iteration < self.config.batch.train_iters:
-            metrics = self.step()
+        first = self.state.iteration
+        while not self.finished:
+            reason = self.stopping.reason(self.state.iteration, steps_made=self.state.iteration - first)
+            if reason is not None:
+                logger.info("stopping after iteration %d of %d: %s", *self._place(), reason)
+                self._stop()
+                return False
+            try:
+                metrics = self.step()
+            except NonFiniteError:
+                self._stop()
+                raise
+            progress.enter("hooks")
             for hook in self.hooks:
-                hook.on_step(self, metrics)
+                self._call(hook, hook.on_step, self, metrics)
+        progress.enter("end")
         for hook in self.hooks:
-            hook.on_end(self)
+            self._call(hook, hook.on_end, self)
+        return True
+
+    def _stop(self) -> None:
+        progress.enter("stop")
+        for hook in self.hooks:
+            self._call(hook, hook.on_stop, self)
+
+    def _call(self, hook: Hook, method: Callable[..., None], *args: Any) -> None:
+        try:
+            method(*args)
+        except OSError as error:
+            if not hook.only_tells:
+                raise
+            if hook not in self.silenced:
+                logger.warning("%s: %s; training goes on without what it tells", type(hook).__name__, error)
+                self.silenced.append(hook)
+
+    def _place(self) -> tuple[int, int]:
+        return self.state.iteration, self.config.batch.train_iters
 
     def step(self) -> dict[str, float]:
         """One training step on fresh responses; the metrics are the same on every rank."""
         started = time.perf_counter()
         step_number = self.state.iteration
+        progress.enter("rollout", step_number + 1)
         rollouts = self.source.responses(
             consumed_samples=self.state.consumed_samples,
             global_batch_size=self.config.batch.global_batch_size,
             step=step_number,
         )
         rolled_out = time.perf_counter()
+        progress.enter("score")
 
         micro_batches = self.micro_batches(rollouts)
         for rollout in rollouts:
             rollout.hidden_TH = None  # the micro-batches have them now
         batches = self.scope.before(micro_batches, step=step_number)
         scored_at = time.perf_counter()
+        progress.enter("train")
 
         for chunk in self.student:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
         reports = run_schedule(self.forward_step, self.student, batches, micro_batches[0], forward_only=False)
-        updated, grad_norm, _ = self.optimizer.step()
+        progress.enter("update")
+        is_finite = self.finite.passes(reports)
+        selection_state = None if is_finite else copy.deepcopy(self.scope.state())
+        updated, grad_norm, _ = self.optimizer.step() if is_finite else (False, math.nan, None)
         learning_rate = self.optimizer.param_groups[0]["lr"]
         if updated:
             self.scheduler.step(increment=self.config.batch.global_batch_size)
         outcome = self.scope.after(step=step_number)
+        if selection_state is not None:
+            self.scope = self._open_scope(selection_state)
+            self._leave_out(rollouts, micro_batches, reports, outcome)
         self.last_step = rollouts, outcome
         trained = time.perf_counter()
 
@@ -176,6 +235,40 @@ class Trainer:
             },
         )
 
+    def _leave_out(
+        self,
+        rollouts: list[Rollout],
+        micro_batches: list[MicroBatch],
+        reports: list[dict[str, torch.Tensor]],
+        outcome: Outcome,
+    ) -> None:
+        """Write a step that is not finite down, and count it.
+
+        Raises:
+            NonFiniteError: it is one too many.
+        """
+        first = distributed.data_parallel_rank() * self.local_batch_size
+        findings = self.finite.findings(
+            reports, outcome, micro_batches, lambda indices: [rollouts[index - first].id for index in indices]
+        )
+        iteration = self.state.iteration + 1
+        root, written = self.config.logging.log_dir or self.config.checkpoint.save, "--log-dir would keep its batch"
+        if root is not None:
+            directory = Path(root) / "non_finite" / f"iter_{iteration:07d}"
+            written = write_down(directory, iteration, findings=findings, outcome=outcome, rollouts=rollouts)
+        message = f"iteration {iteration} is not finite: {' | '.join(map(str, findings[:4]))}; {written}"
+        allowed = self.config.optimization.max_skipped_non_finite
+        if self.state.skipped_non_finite >= allowed:
+            raise NonFiniteError(
+                f"{message}. The optimizer has not stepped. A lower --lr or a smaller --clip-grad may keep the weights "
+                f"in bounds; --max-skipped-non-finite (now {allowed}) leaves such steps out"
+            )
+        self.state.skipped_non_finite += 1
+        logger.warning("%s. Left out, %d of %d", message, self.state.skipped_non_finite, allowed)
+
+    def _open_scope(self, saved: dict[str, Any]) -> SelectionScope:
+        return open_scope(self.config, self.pair, self.student, temperature=self.temperature, saved=saved)
+
     def micro_batches(self, rollouts: list[Rollout]) -> list[MicroBatch]:
         """This rank's part of its replica's responses."""
         return replica_micro_batches(
@@ -189,5 +282,10 @@ class Trainer:
 
     def state_dict(self) -> dict[str, Any]:
         """Plain values that a checkpoint keeps beside weights and optimizer."""
-        counts = {"iteration": self.state.iteration, "consumed_samples": self.state.consumed_samples}
-        return {**counts, "selection": self.scope.state()}
+        return {
+            "iteration": self.state.iteration,
+            "consumed_samples": self.state.consumed_samples,
+            "skipped_non_finite": self.state.skipped_non_finite,
+            "selection": self.scope.state(),
+            "data": self.source.fingerprint(),
+        }

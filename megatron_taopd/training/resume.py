@@ -1,19 +1,39 @@
-"""Resuming a run from its newest checkpoint."""
+"""Resuming a run from its newest whole checkpoint."""
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
-from megatron_taopd.checkpoint import load_checkpoint, read_latest_iteration
+from megatron_taopd.checkpoint import load_newest_checkpoint, read_saved_config
 from megatron_taopd.training.loop import TrainState
+from megatron_taopd.training.sources import ResponseSource
 
 logger = logging.getLogger(__name__)
+
+CHANGES_NOTHING = (
+    "async_save",
+    "distributed_timeout_minutes",
+    "exit_duration_in_mins",
+    "exit_interval",
+    "export_hf",
+    "keep_last_checkpoints",
+    "load",
+    "log_dir",
+    "log_interval",
+    "save",
+    "save_interval",
+    "tensorboard_dir",
+    "train_iters",
+)
+"""Flags that no number of the steps to come depends on (--train-iters through the schedule, which is told apart)."""
 
 
 def resume(
@@ -22,23 +42,52 @@ def resume(
     student: Sequence[DistributedDataParallel],
     optimizer: MegatronOptimizer,
     scheduler: OptimizerParamScheduler,
-    may_be_empty: bool,
+    source: ResponseSource,
+    resolved_config: dict[str, Any],
+    is_own: bool,
 ) -> TrainState:
-    """Load weights, optimizer, schedule, random states and counts.
+    """Load weights, optimizer, schedule, random states and counts; say what differs from the run that saved them.
 
     Args:
-        may_be_empty: a directory without a checkpoint starts a new run (a job whose load path is its save path).
+        source: where the responses come from; the position counts in its data.
+        resolved_config: of this run.
+        is_own: a directory without a checkpoint starts a new run (a job whose load path is its save path).
 
     Raises:
         CheckpointError: there is no usable checkpoint.
     """
-    if may_be_empty and read_latest_iteration(Path(directory)) is None:
+    loaded = load_newest_checkpoint(directory, module=student, optimizer=optimizer, scheduler=scheduler, is_own=is_own)
+    if loaded is None:
         logger.info("no checkpoint in %s yet: starting a new run", directory)
         return TrainState()
-    loaded = load_checkpoint(directory, module=student, optimizer=optimizer, scheduler=scheduler)
     logger.info("resumed from iteration %d of %s", loaded.iteration, directory)
+    _tell_changed_flags(loaded.path, resolved_config)
+    saved = loaded.extra_state
+    if saved["data"] != source.fingerprint():
+        logger.warning(
+            "the data is not that of the checkpoint (%s, now %s): what follows sample %d is not what the saved run "
+            "would have read",
+            saved["data"],
+            source.fingerprint(),
+            saved["consumed_samples"],
+        )
     return TrainState(
-        iteration=loaded.extra_state["iteration"],
-        consumed_samples=loaded.extra_state["consumed_samples"],
-        selection=loaded.extra_state["selection"],
+        iteration=saved["iteration"],
+        consumed_samples=saved["consumed_samples"],
+        skipped_non_finite=saved["skipped_non_finite"],
+        selection=saved["selection"],
     )
+
+
+def _tell_changed_flags(checkpoint: Path, now: dict[str, Any]) -> None:
+    before = read_saved_config(checkpoint)
+    if before is None:
+        return
+    now = json.loads(json.dumps(now, default=str))
+    changed = [
+        f"{name} {before[name]} -> {now[name]}"
+        for name in now
+        if name in before and name not in CHANGES_NOTHING and before[name] != now[name]
+    ]
+    if changed:
+        logger.info("flags that differ from those of the checkpoint: %s", ", ".join(changed))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -22,6 +23,9 @@ class ResponseSource(Protocol):
 
     def responses(self, *, consumed_samples: int, global_batch_size: int, step: int) -> list[Rollout]:
         """This replica's contiguous share of the global batch; the same on all ranks of the replica."""
+
+    def fingerprint(self) -> str:
+        """Of the data that the position counts in; the same on every rank."""
 
 
 def replica_slice(global_batch_size: int) -> slice:
@@ -46,6 +50,9 @@ class GeneratedResponses:
         place = replica_slice(global_batch_size)
         return self.engine.generate(samples[place], step=step, sample_offset=place.start)
 
+    def fingerprint(self) -> str:
+        return fingerprint([prompt.tokens for prompt in self.prompts.prompts])
+
 
 class RecordedResponses:
     """Recorded rollouts in file order, starting over at the end of the file."""
@@ -57,6 +64,17 @@ class RecordedResponses:
         place = replica_slice(global_batch_size)
         indices = range(consumed_samples + place.start, consumed_samples + place.stop)
         return [self.rollouts[i % len(self.rollouts)] for i in indices]
+
+    def fingerprint(self) -> str:
+        return fingerprint([[*r.prompt_tokens, -1, *r.response_tokens] for r in self.rollouts])
+
+
+def fingerprint(samples: Sequence[Sequence[int]]) -> str:
+    """How many samples, and a short hash of their token ids in order."""
+    sha = hashlib.sha256()
+    for tokens in samples:
+        sha.update(f"{len(tokens)}:{','.join(map(str, tokens))};".encode())
+    return f"{len(samples)} samples, {sha.hexdigest()[:16]}"
 
 
 def even_share(count: int) -> slice:

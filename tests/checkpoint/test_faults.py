@@ -241,8 +241,7 @@ def test_a_full_disk_and_a_read_only_one(pool: Pools, model: Path, copied: Path,
         messages = pool(2).run(_save_once, model, one)
         assert messages[0] == messages[1]
         assert "Read-only file system" in messages[0] and "iter_0000003 is still the newest" in messages[0]
-        with pytest.raises(CheckpointError, match=r"--save .* cannot be written: .*Read-only"):
-            publishing.check_writable(one)
+        assert "Read-only file system" in (publishing.why_not_writable(one) or "")
         assert resume(pool, model, one) == ["3 3"]
     finally:
         subprocess.run(["umount", place], check=True)

@@ -15,7 +15,7 @@ import torch
 
 from megatron_taopd.models import DistillationGPTModel
 from megatron_taopd.models.sample_cache import SampleCache
-from megatron_taopd.platform import device, distributed
+from megatron_taopd.platform import device, distributed, progress
 from megatron_taopd.rollout.megatron.lockstep import announce_forward
 from megatron_taopd.rollout.megatron.prefill import prefill_groups
 from megatron_taopd.rollout.megatron.products import logits_of
@@ -75,6 +75,7 @@ def generate(
     batch = _Batch(modules[-1], torch.tensor(list(sample_index), device=device()), decoding)
     hidden_BH = None if hidden_UH is None else hidden_UH[rows]
     while True:
+        progress.beat()
         tokens_B, alive_B = batch.sample(hidden_BH)
         if not bool(alive_B.all()):
             if not bool(alive_B.any()):

@@ -11,6 +11,9 @@ if TYPE_CHECKING:
 class Hook:
     """Called around the steps of a run, on every rank, in the order of the list."""
 
+    only_tells = False
+    """Nothing of the run is lost with what it writes: a full disk is warned of once, and does not end the run."""
+
     def on_start(self, trainer: Trainer) -> None:
         """Before the first step."""
 
@@ -19,3 +22,6 @@ class Hook:
 
     def on_end(self, trainer: Trainer) -> None:
         """After the last step."""
+
+    def on_stop(self, trainer: Trainer) -> None:
+        """Instead of ``on_end`` where a run ends before its last step, to go on later."""

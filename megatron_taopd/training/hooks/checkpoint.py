@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron_taopd.checkpoint import save_checkpoint
+from megatron_taopd.checkpoint import PendingSave, begin_saving
+from megatron_taopd.checkpoint_config import CheckpointConfig
 from megatron_taopd.convert.export import export_hf
-from megatron_taopd.platform import distributed
+from megatron_taopd.platform import distributed, progress
 from megatron_taopd.training.hooks.base import Hook
 
 if TYPE_CHECKING:
@@ -17,28 +19,42 @@ logger = logging.getLogger(__name__)
 
 
 class CheckpointHook(Hook):
-    """Saves every ``interval`` iterations (None: at the end only) and after the last one."""
+    """Saves every ``--save-interval`` iterations (default: at the end only) and after the last one.
 
-    def __init__(self, directory: str, interval: int | None, resolved_config: dict[str, Any]) -> None:
-        self.directory = directory
-        self.interval = interval
+    With ``--async-save`` a checkpoint is published between two later steps, when all ranks have written.
+    """
+
+    def __init__(self, config: CheckpointConfig, resolved_config: dict[str, Any]) -> None:
+        assert config.save is not None, "there is nothing to do without --save"
+        self.directory = Path(config.save)
+        self.config = config
         self.resolved_config = resolved_config
         self.saved_iteration = -1
+        self.pending: PendingSave | None = None
 
     def on_start(self, trainer: Trainer) -> None:
         self.saved_iteration = trainer.state.iteration
 
     def on_step(self, trainer: Trainer, metrics: dict[str, float]) -> None:
-        if self.interval is not None and trainer.state.iteration % self.interval == 0:
-            self.save(trainer)
+        if self.pending is not None and self.pending.done():
+            self._publish()
+        interval = self.config.save_interval
+        if interval is not None and trainer.state.iteration % interval == 0:
+            self._begin(trainer, in_background=self.config.async_save)
 
     def on_end(self, trainer: Trainer) -> None:
         if self.saved_iteration != trainer.state.iteration:
-            self.save(trainer)
+            self._begin(trainer, in_background=False)
+        self._publish()
 
-    def save(self, trainer: Trainer) -> None:
+    def on_stop(self, trainer: Trainer) -> None:
+        self.on_end(trainer)
+
+    def _begin(self, trainer: Trainer, *, in_background: bool) -> None:
         """Write the checkpoint of this iteration; all ranks call it."""
-        path = save_checkpoint(
+        self._publish()  # one at a time
+        progress.enter("checkpoint")
+        self.pending = begin_saving(
             self.directory,
             iteration=trainer.state.iteration,
             module=trainer.student,
@@ -47,8 +63,19 @@ class CheckpointHook(Hook):
             extra_state=trainer.state_dict(),
             config=self.resolved_config,
             hf_source=trainer.pair.student.hf.path,
+            keep_last=self.config.keep_last_checkpoints,
+            in_background=in_background,
         )
         self.saved_iteration = trainer.state.iteration
+        if not in_background:
+            self._publish()
+
+    def _publish(self) -> None:
+        """Finish the checkpoint that is being written, if there is one."""
+        if self.pending is None:
+            return
+        progress.enter("checkpoint")
+        path, self.pending = self.pending.finish(), None
         if distributed.rank() == 0:
             logger.info("saved checkpoint %s", path)
 
@@ -60,6 +87,7 @@ class ExportHook(Hook):
         self.directory = directory
 
     def on_end(self, trainer: Trainer) -> None:
+        progress.enter("export")
         export_hf(trainer.pair.student.modules, trainer.pair.student.hf, self.directory)
         if distributed.rank() == 0:
             logger.info("wrote the student as an HF directory: %s", self.directory)

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 class ConsoleHook(Hook):
     """Prints ``iteration … | name: value | …`` on rank 0, every ``interval`` iterations, averaged over them."""
 
+    only_tells = True
+
     def __init__(self, interval: int) -> None:
         self.interval = interval
         self.recent: list[dict[str, float]] = []

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 class KeptTokensHook(Hook):
     """Writes a file every ``interval`` iterations on rank 0. A resumed run removes those past where it resumes."""
 
+    only_tells = True
+
     def __init__(self, log_dir: str, *, interval: int, responses: int) -> None:
         self.directory = Path(log_dir) / "kept_tokens"
         self.interval = interval

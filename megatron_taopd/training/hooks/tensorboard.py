@@ -21,6 +21,8 @@ MEGATRON_NAMES = {
 class TensorBoardHook(Hook):
     """Writes scalars on rank 0."""
 
+    only_tells = True
+
     def __init__(self, directory: str) -> None:
         self.directory = directory
         self.writer: Any = None
@@ -38,6 +40,9 @@ class TensorBoardHook(Hook):
             if name != "iteration":
                 tag = MEGATRON_NAMES.get(name, f"taopd/{name}")
                 self.writer.add_scalar(tag, value, trainer.state.iteration)
+
+    def on_stop(self, trainer: Trainer) -> None:
+        self.on_end(trainer)
 
     def on_end(self, trainer: Trainer) -> None:
         if self.writer is not None:
