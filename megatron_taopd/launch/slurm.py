@@ -130,8 +130,9 @@ def _container(config: SlurmConfig, command: Command) -> tuple[list[str], list[s
     container = config.container
     if container.container is None:
         return [], []
-    here, logs = str(Path.cwd()), str(job_directory(config, command))
-    mounts = [*dict.fromkeys([f"{here}:{here}", f"{logs}:{logs}", *container.container_mounts])]
+    here, logs = Path.cwd(), job_directory(config, command)
+    own = [here] if logs.is_relative_to(here) else [here, logs]
+    mounts = [*(f"{directory}:{directory}" for directory in own), *container.container_mounts]
     if container.container == "pyxis":
         return [
             f"--container-image={container.container_image}",
@@ -141,7 +142,7 @@ def _container(config: SlurmConfig, command: Command) -> tuple[list[str], list[s
         ], []
     nvidia = ["--nv"] if config.resources.num_gpus or config.resources.gres else []
     binds = [word for mount in mounts for word in ("--bind", mount)]
-    return [], ["apptainer", "exec", *nvidia, *binds, "--pwd", here, str(container.container_image)]
+    return [], ["apptainer", "exec", *nvidia, *binds, "--pwd", str(here), str(container.container_image)]
 
 
 def _lines(words: Sequence[str]) -> list[str]:

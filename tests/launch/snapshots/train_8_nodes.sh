@@ -1,0 +1,120 @@
+#!/usr/bin/env bash
+#SBATCH --job-name=taopd-train
+#SBATCH --nodes=8
+#SBATCH --ntasks-per-node=1
+#SBATCH --gpus-per-node=8
+#SBATCH --cpus-per-task=64
+#SBATCH --time=4:00:00
+#SBATCH --account=lab
+#SBATCH --partition=gpu
+#SBATCH --signal=B:USR1@300
+#SBATCH --chdir=/here
+#SBATCH --output=/here/run/slurm/%j.log
+#SBATCH --exclusive
+#SBATCH --open-mode=append
+#SBATCH --requeue
+#
+# Written by taopd VERSION. One task a node starts torchrun, and that a rank a GPU.
+# Before the time limit, and when the job is pre-empted, training writes a checkpoint and stops, and the job queues again.
+
+# shellcheck source=/dev/null
+source /shared/setup.sh
+
+set -uo pipefail
+
+job_dir=/here/run/slurm
+attempt=${SLURM_RESTART_COUNT:-0}
+max_requeues=20
+log=$job_dir/$SLURM_JOB_ID.attempt-$attempt.log
+run_again=$job_dir/$SLURM_JOB_ID.run-again
+
+say() {
+  printf '%(%F %T)T taopd job %s, attempt %s: %s\n' -1 "$SLURM_JOB_ID" "$attempt" "$*"
+}
+
+checkpointed_iteration() {
+  cat -- /here/run/checkpoints/latest_checkpointed_iteration.txt 2>/dev/null
+}
+
+if ((attempt > max_requeues)); then
+  say "this job started again $attempt times and --max-requeues is $max_requeues; submit it anew to go on"
+  exit 1
+fi
+rm -f -- "$run_again"
+
+mapfile -t hosts < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
+MASTER_ADDR=${hosts[0]}
+MASTER_PORT=$((20000 + (SLURM_JOB_ID + attempt) % 10000))
+
+step=(
+  srun --nodes=8 --ntasks=8 --ntasks-per-node=1 --kill-on-bad-exit=1
+  --output="${log//%/%%}"
+  --cpus-per-task=64
+)
+ranks=(
+  env
+  CUDA_DEVICE_MAX_CONNECTIONS=1
+  NCCL_DEBUG=WARN
+  PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True
+  OMP_NUM_THREADS=8
+  TOKENIZERS_PARALLELISM=false
+  HF_HUB_OFFLINE=1
+  PYTHONFAULTHANDLER=1
+  /shared/venv/bin/python -m megatron_taopd launch local
+  --nnodes 8 --nproc-per-node 8 --max-restarts 0
+  --master-addr "$MASTER_ADDR" --master-port "$MASTER_PORT" --run-id "$SLURM_JOB_ID.$attempt"
+  --run-again-file "$run_again"
+  --
+  train
+  --student Qwen3-4B
+  --teacher Qwen3-32B
+  --prompt-data 'my prompts.jsonl'
+  --global-batch-size 128
+  --tensor-model-parallel-size 4
+  --sequence-parallel
+  --bf16
+  --save run/checkpoints
+  --load run/checkpoints
+  --log-dir run
+)
+say "log: $log"
+say "command:$(printf ' %q' "${step[@]}" "${ranks[@]}")"
+
+before=$(checkpointed_iteration)
+srun_pid=
+time_is_up=
+trap 'say "told to stop: time is nearly up"; time_is_up=yes; kill -USR1 "$srun_pid" 2>/dev/null' USR1
+trap 'say "told to stop: pre-empted or cancelled"; kill -USR1 "$srun_pid" 2>/dev/null' TERM
+
+"${step[@]}" "${ranks[@]}" &
+srun_pid=$!
+# A trap ends `wait` early; srun is done once it is no more.
+while true; do
+  wait "$srun_pid"
+  status=$?
+  kill -0 "$srun_pid" 2>/dev/null || break
+done
+srun_pid=
+
+if ((status == 0)) && [[ -e $run_again ]]; then
+  rm -f -- "$run_again"
+  after=$(checkpointed_iteration)
+  where="at iteration ${after:-0}"
+  state=$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%T)
+  if [[ $state != RUNNING ]]; then
+    say "stopped $where; SLURM ends this job ($state), and queues it again if it was pre-empted"
+  elif ((attempt >= max_requeues)); then
+    say "stopped $where; not queued again: --max-requeues is $max_requeues"
+    exit 75
+  elif [[ -n $time_is_up && -n $after && $after == "$before" ]]; then
+    say "stopped $where, as it had started; not queued again: one step takes longer than the job"
+    exit 75
+  else
+    say "stopped $where; queued again"
+    scontrol requeue "$SLURM_JOB_ID" || exit 75
+  fi
+  exit 0
+fi
+rm -f -- "$run_again"
+say "ended with status $status"
+exit "$status"
