@@ -61,10 +61,10 @@ def quartile_plot(report: dict[str, Any], checkpoint: dict[str, Any], region: st
                 across="x",
             )
         )
-    where = "all positions" if region == "all" else "Q3 (student sure, far from the teacher)"
+    where = "all positions" if region == "all" else "within Q3"
     return Plot(
         key=f"{key}-quartiles-{region}",
-        title=f"Gain by quartile of a score, {where}",
+        title=f"Quartiles of a score, {where}",
         x=Axis(label="quartile of the score", names=["lowest", "second", "third", "highest"]),
         y=Axis(label="mean G, nats"),
         marks=marks,
@@ -133,25 +133,23 @@ def budget_plot(report: dict[str, Any], checkpoint: dict[str, Any], key: str) ->
     if not selectors:
         return None
     marks: list[Any] = [Rule(name="all positions", value=finite(checkpoint["gain"]["mean"]), axis="y")]
-    for index, selector in enumerate(selectors[: len(SERIES_COLOURS)]):
+    for index, selector in enumerate(selectors):
         own = sorted((r for r in records if r["selector"] == selector), key=lambda r: r["keep_ratio"])
         marks.append(
             Line(
-                name=label(report, selector),
+                name=selector,
                 x=[r["keep_ratio"] for r in own],
                 y=[finite(r["mean"]) for r in own],
-                colour=SERIES_COLOURS[index],
-                dashed=index % 2 == 1,
+                colour=SERIES_COLOURS[index % len(SERIES_COLOURS)],
+                dashed=index >= len(SERIES_COLOURS),
                 markers=True,
             )
         )
-    left_out = selectors[len(SERIES_COLOURS) :]
     return Plot(
         key=f"{key}-budgets",
-        title="Gain where each selector would have kept",
+        title="Gain where a selector would have kept",
         x=Axis(label="budget", scale="log", format="percent"),
         y=Axis(label="mean G at kept positions, nats"),
         marks=marks,
-        note=f"Not drawn, in the table: {', '.join(label(report, s) for s in left_out)}." if left_out else "",
         summary="Mean gain by selector and budget; the numbers are in the table.",
     )

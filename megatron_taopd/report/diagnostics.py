@@ -47,7 +47,12 @@ def read_diagnostics(path: str | Path) -> dict[str, Any]:
 def diagnostics_section(report: dict[str, Any]) -> Section:
     """The section of a page."""
     confidence = report["settings"]["confidence"]
-    blocks: list[Block] = [_checkpoint_table(report), Plots(plots=gain_plots(report))]
+    blocks: list[Block] = [
+        Facts(facts=_bank_facts(report["bank"])),
+        _checkpoint_table(report),
+        *_contrast_table(report),
+        Plots(plots=gain_plots(report)),
+    ]
     for index, checkpoint in enumerate(report["checkpoints"]):
         blocks += _checkpoint_blocks(report, checkpoint, f"diagnostic-{index + 1}")
     blocks += _support_blocks(report)
@@ -93,6 +98,42 @@ def _checkpoint_table(report: dict[str, Any]) -> Table:
         *("median G", "trimmed mean", "G > 0"),
     ]
     return Table(caption="Gain of every checkpoint, nats a position", header=header, rows=rows)
+
+
+def _bank_facts(bank: dict[str, Any]) -> list[Fact]:
+    teachers = ", ".join(teacher["name"] or Path(teacher["path"]).name for teacher in bank["teachers"])
+    return [
+        Fact(label="bank", value=bank["id"]),
+        Fact(label="contexts of", value=Path(bank["student"]["path"]).name),
+        Fact(label="teacher", value=teachers),
+        Fact(label="prompts", value=number(bank["num_prompts"])),
+        Fact(label="positions", value=number(bank["num_positions"])),
+    ]
+
+
+def _contrast_table(report: dict[str, Any]) -> list[Table]:
+    """The paper's question: what a standard deviation of learnable and of incompatible disagreement is worth."""
+    rows = []
+    for checkpoint in report["checkpoints"]:
+        for r in checkpoint["regressions"]:
+            contrast = r.get("contrast")
+            if not contrast or r["support_mode"] != "exact" or r["support_k"] != report["settings"]["support_k"]:
+                continue
+            terms = {term["term"]: term for term in r["terms"]}
+            rows.append(
+                [
+                    checkpoint["name"],
+                    str(r["compatibility_scale"]),
+                    interval(terms["learnable"], "coefficient"),
+                    interval(terms["incompatible"], "coefficient"),
+                    interval(contrast, "difference"),
+                    number(contrast["p_value"]),
+                ]
+            )
+    header = ["checkpoint", "C scaled by", "learnable D̃·C̃", "incompatible D̃·(1−C̃)", "difference", "p"]
+    k = report["settings"]["support_k"]
+    caption = f"Learnable against incompatible disagreement: standardised coefficients at K = {k}"
+    return [Table(caption=caption, header=header, rows=rows)] if rows else []
 
 
 def _checkpoint_blocks(report: dict[str, Any], checkpoint: dict[str, Any], key: str) -> list[Block]:
@@ -154,7 +195,7 @@ def _variant(record: dict[str, Any]) -> str:
 def _budget_table(report: dict[str, Any], checkpoint: dict[str, Any]) -> Table:
     rows = [
         [
-            label(report, r["selector"]),
+            r["selector"],
             share(r["keep_ratio"]),
             number(r["support_k"]),
             _variant(r),
@@ -232,9 +273,7 @@ def _support_blocks(report: dict[str, Any]) -> list[Block]:
         ]
         for k in report["k_sensitivity"]
     ]
-    bank = report["bank"]
     return [
-        Facts(facts=[Fact(label="bank", value=str(bank.get("id", "–"))[:12])]),
         Prose(text="What the bank is like, and what depends on K and on C being exact:"),
         Table(
             caption="The bank at each K",

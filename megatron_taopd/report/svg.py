@@ -23,7 +23,8 @@ def draw(plot: Plot) -> Markup:
     (x_low, x_high), (y_low, y_high) = domains(plot)
     height = TALL if plot.tall else HEIGHT
     if plot.y.names is not None:
-        height = TOP + BOTTOM + ROW * len(plot.y.names)
+        groups = sum(isinstance(mark, Intervals) for mark in plot.marks)
+        height = TOP + BOTTOM + (ROW + 7 * max(0, groups - 1)) * len(plot.y.names)
     y_ticks = ticks(plot.y, y_low, y_high, most=max(3, (height - TOP - BOTTOM) // 29))
     left = round(12 + DIGIT * max((len(label) for _, label in y_ticks), default=1))
     # Categories read from top to bottom, numbers from bottom to top.
