@@ -11,8 +11,9 @@ import torch
 
 from megatron_taopd.config import TrainConfig
 from megatron_taopd.data.batches import MicroBatch
+from megatron_taopd.monitor_config import MonitorConfig
 from megatron_taopd.platform import device
-from megatron_taopd.teachability.phases import Fallback
+from megatron_taopd.teachability.phases import Fallback, PhaseConfig
 from megatron_taopd.training.carried import CarriedScope
 from megatron_taopd.training.pair import ModelPair
 from megatron_taopd.training.scopes import GlobalScope, Outcome, SelectionScope
@@ -33,7 +34,8 @@ def open_scope(
 
     def scope_of(selector: str, saved: dict[str, Any]) -> SelectionScope:
         selection = config.selection.with_selector(selector)
-        exact = GlobalScope(replace(config, selection=selection), pair, student, temperature=temperature)
+        alone = replace(config, selection=selection, phases=PhaseConfig(), monitor=MonitorConfig())
+        exact = GlobalScope(alone, pair, student, temperature=temperature)
         return CarriedScope(exact, saved) if selection.selection_scope == "carried" else exact
 
     phases = config.phases
