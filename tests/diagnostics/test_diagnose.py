@@ -74,7 +74,7 @@ def on_one_rank(root: Path) -> None:
 
 def on_four_ranks(root: Path) -> None:
     cli.run(bank_words(root, "bank4", *TP2PP2, "--sequence-parallel", "--packed-sequences"))
-    cli.run(gain_words(root, "bank", "megatron", "megatron4", *TP2PP2))
+    cli.run(gain_words(root, "bank", "megatron", "megatron4", TP2PP2[0]))  # two replicas
 
 
 @pytest.fixture(scope="module")
