@@ -8,11 +8,14 @@ the ranks' was. Here both signals go to the ranks, which stop at the end of a st
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import sys
 from collections.abc import Iterable, Sequence
 from types import FrameType
 from typing import Any
+
+import psutil
 
 from megatron_taopd.exit_status import RUN_AGAIN
 
@@ -69,14 +72,13 @@ class _HandOn:
         self.asked_to_stop = False
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
-        import psutil
-
         ranks = psutil.Process().children()
-        if number not in STOP_SIGNALS or not ranks:
+        if number not in STOP_SIGNALS or not (ranks or self.asked_to_stop):
             self.terminate(number, frame)
         self.asked_to_stop = True
         for rank in ranks:
-            rank.send_signal(number)
+            with contextlib.suppress(psutil.NoSuchProcess):
+                rank.send_signal(number)
 
 
 if __name__ == "__main__":
