@@ -10,6 +10,7 @@ import socket
 import subprocess
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "squeue", "scancel")
@@ -142,6 +143,44 @@ class Cluster:
                 missed = what if isinstance(what, str) else what()
                 raise AssertionError(f"not in {timeout:g} s: {missed}; the daemons' logs are in {self.root}")
             time.sleep(0.1)
+
+
+@dataclass
+class Job:
+    """A submitted job and where it writes."""
+
+    cluster: Cluster
+    id: str
+    directory: Path
+
+    def log(self) -> str:
+        """What the batch script said."""
+        path = self.directory / f"{self.id}.log"
+        return path.read_text() if path.exists() else ""
+
+    def ranks(self, attempt: int) -> str:
+        """What the ranks said."""
+        path = self.directory / f"{self.id}.attempt-{attempt}.log"
+        return path.read_text() if path.exists() else ""
+
+    def state(self, name: str = "JobState") -> str:
+        return self.cluster.state(self.id)[name]
+
+    def wait_for_ranks(self, attempt: int = 0, nodes: int = 2) -> None:
+        started = f"start {attempt} of node"
+        self.cluster.wait(lambda: self.ranks(attempt).count(started) == nodes, self.log, timeout=60)
+
+    def wait_for_state(self, *states: str, timeout: float = 60) -> None:
+        self.cluster.wait(
+            lambda: self.state() in states, lambda: f"{states}, is {self.state()}: {self.log()}", timeout=timeout
+        )
+
+    def start_again_now(self) -> None:
+        """Run a job that was queued again; left alone, SLURM lets it wait for two minutes."""
+        queued = {"Restarts": "1", "JobState": "PENDING", "Reason": "BeginTime"}
+        self.cluster.wait(lambda: queued.items() <= self.cluster.state(self.id).items(), self.log, timeout=60)
+        time.sleep(2.1)  # credentials are told apart by the second, and those of the first attempt are void
+        self.cluster.run("scontrol", "update", f"jobid={self.id}", "starttime=now")
 
 
 def _free_ports(count: int) -> list[int]:
