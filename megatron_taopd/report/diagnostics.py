@@ -47,12 +47,9 @@ def read_diagnostics(path: str | Path) -> dict[str, Any]:
 def diagnostics_section(report: dict[str, Any]) -> Section:
     """The section of a page."""
     confidence = report["settings"]["confidence"]
-    blocks: list[Block] = [
-        Facts(facts=_bank_facts(report["bank"])),
-        _checkpoint_table(report),
-        *_contrast_table(report),
-        Plots(plots=gain_plots(report)),
-    ]
+    blocks: list[Block] = [Facts(facts=_bank_facts(report["bank"]))]
+    if report["checkpoints"]:  # a report may be about the bank alone
+        blocks += [_checkpoint_table(report), *_contrast_table(report), Plots(plots=gain_plots(report))]
     for index, checkpoint in enumerate(report["checkpoints"]):
         blocks += _checkpoint_blocks(report, checkpoint, f"diagnostic-{index + 1}")
     blocks += _support_blocks(report)
