@@ -2,7 +2,7 @@
 
 Rows never travel. Values become 64-bit integers that sort alike, and a radix search narrows them eleven bits
 at a time from histograms summed over the ranks; so the answers are exact and do not depend on how rows are
-spread.
+spread. One rank alone sorts.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 import torch
 
-from megatron_taopd.ops.collectives import Group, all_reduce_sum
+from megatron_taopd.ops.collectives import Group, all_reduce_sum, group_size
 
 _DIGIT_BITS = 11
 _SHIFTS = (55, 44, 33, 22, 11, 0)  # the first digit has 9 bits
@@ -50,6 +50,8 @@ def _kth_smallest(
     Returns:
         Keys [Q] and the number of counted rows with a smaller key [Q].
     """
+    if group_size(group) == 1:
+        return _kth_smallest_here(columns, column_of_query, ranks_Q)
     device = ranks_Q.device
     wanted = ranks_Q.clone()
     prefix = torch.zeros_like(wanted)
@@ -72,6 +74,18 @@ def _kth_smallest(
         wanted = wanted - before
         prefix = (prefix << (9 if step == 0 else _DIGIT_BITS)) | digit_Q
     return prefix ^ _SIGN, ranks_Q - wanted
+
+
+def _kth_smallest_here(
+    columns: Sequence[tuple[torch.Tensor, torch.Tensor]], column_of_query: Sequence[int], ranks_Q: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same where one rank has all rows: each column is sorted once. A column without counted rows gives 0."""
+    ordered = [keys[mask].sort().values if mask.any() else keys.new_zeros(1) for keys, mask in columns]
+    found, before = [], []
+    for column, rank in zip(column_of_query, ranks_Q.tolist(), strict=True):
+        found.append(ordered[column][rank])
+        before.append(torch.searchsorted(ordered[column], found[-1]))
+    return torch.stack(found), torch.stack(before)
 
 
 def distributed_quantiles(
