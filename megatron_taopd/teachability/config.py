@@ -40,7 +40,8 @@ class SelectionConfig:
     """global: quantiles and budget over the whole rollout batch, which the student reads once more to be scored.
     carried: quantiles and the score's threshold are moving averages of earlier steps, so that scoring happens inside
     the training forward and the student reads nothing twice; the budget is then met on average, not in each step.
-    The first step of a run is global. Selectors without statistics (full, prefix, random) stay exact."""
+    The first step of a run is global, unless a warm-up has gone before. Selectors without statistics (full, prefix,
+    random) stay exact."""
     carried_decay: float | None = None
     """Weight of the earlier steps in the moving averages of --selection-scope carried, in [0, 1); 0 takes the step
     before alone (default: 0.7)."""

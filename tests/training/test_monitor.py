@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import logging
 import random
 from dataclasses import fields
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -19,6 +21,7 @@ from megatron_taopd.config import TrainConfig
 from megatron_taopd.teachability import SelectionConfig, TokenStatistics
 from megatron_taopd.training.hooks.base import Hook
 from megatron_taopd.training.kept_tokens import evenly_chosen, write_kept_tokens
+from megatron_taopd.training.monitor import Monitor
 from tests.data.test_pieces import byte_tokenizer
 from tests.oracle.cases import STUDENT_VOCAB, make_pair
 from tests.teachability.test_selection import reference_keep
@@ -260,3 +263,22 @@ def test_interrupted_run_drops_dumps_past_its_checkpoint(pool, root: Path) -> No
     pool(1).run(run_recorded, words_of(root, "dumps", "--train-iters=3", *flags, *load))
     assert sorted(file.name for file in directory.iterdir()) == [f"iter_000000{n}.jsonl" for n in (1, 2, 3)]
     assert (directory / "iter_0000003.jsonl").read_bytes() == late
+
+
+def test_warns_when_scores_begin_to_mean_little(caplog, monkeypatch) -> None:
+    monkeypatch.setattr(logging.getLogger("megatron_taopd"), "propagate", True)
+    config: TrainConfig = parse(TrainConfig, words_of(Path("/x"), "out"), name="train")
+    pair: Any = SimpleNamespace(student=SimpleNamespace(hf=SimpleNamespace(eos_token_ids=(STOP,))))
+    monitor = Monitor(config, pair)
+    spread = {"C_q05": 0.2, "C_q95": 0.9}
+    for iteration, share in enumerate((0.949, 0.95, 0.99, 0.9, 0.97), 1):
+        monitor.warn({"iteration": iteration, "teacher_top5_share": share, **spread})
+    assert [record.getMessage()[:21] for record in caplog.records] == ["iteration 2: 95.00% o", "iteration 5: 97.00% o"]
+    caplog.clear()
+    narrow = {"iteration": 6, "teacher_top5_share": 0.5, "C_q05": 0.991, "C_q95": 1.0}
+    monitor.warn(narrow)
+    assert "--compatibility-scale quantile" in caplog.text and "0.009" in caplog.text
+    caplog.clear()
+    for selector in ("--selector=tip", "--compatibility-scale=raw"):
+        Monitor(parse(TrainConfig, words_of(Path("/x"), "out", selector), name="train"), pair).warn(narrow)
+    assert not caplog.records
