@@ -3,6 +3,9 @@
 FINISHED = 0
 """All that was asked for is done."""
 
+FAILED = 1
+"""An error that has no better explanation; Python's own."""
+
 USER_ERROR = 2
 """Refused, or stopped by an error with an explanation: the same command will end in the same way."""
 

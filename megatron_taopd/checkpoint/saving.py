@@ -19,7 +19,7 @@ from megatron_taopd.checkpoint import checksums, layout, model_state, optimizer_
 from megatron_taopd.checkpoint.collective import on_rank_zero, raise_together
 from megatron_taopd.checkpoint.random_state import current_layout, random_state_name, save_random_state
 from megatron_taopd.errors import CheckpointError
-from megatron_taopd.platform import device
+from megatron_taopd.platform import device, progress
 
 
 def save_checkpoint(
@@ -138,6 +138,7 @@ class PendingSave:
         except CheckpointError as error:
             raise self._failure(str(error)) from None
         self._plan = writing.plan(state, self._aside, dict(optimizer_state.METADATA))
+        progress.beat()
         self._agree(self._plan.error or self._try_to_save_random_state())
         if in_background:
             self._writer = writing.WriterProcess(self._plan.buckets, self._plan.transforms)
@@ -161,6 +162,7 @@ class PendingSave:
         assert self._plan is not None, "start() comes first"
         if self._writer is not None:
             self._written, self._writer = self._writer.wait().joined(self._written), None
+        progress.beat()
         self._agree(self._written.error)
         digests_of_ranks: list[dict[str, str]] = [{}] * dist.get_world_size()
         dist.all_gather_object(digests_of_ranks, self._written.digests)

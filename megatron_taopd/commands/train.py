@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -38,9 +39,10 @@ def run_training(config: TrainConfig, *, further_hooks: Sequence[Hook] = ()) -> 
     from megatron_taopd.training.stopping import Stopping
     from megatron_taopd.training.watchdog import Watchdog
 
+    parent = os.getppid()
     with Stopping(config.checkpoint) as stopping:
         trainer = prepare_training(config, further_hooks=further_hooks, stopping=stopping)
-        with Watchdog(60 * config.parallel.distributed_timeout_minutes):
+        with Watchdog(60 * config.parallel.distributed_timeout_minutes, parent=parent):
             return trainer.fit()
 
 

@@ -140,6 +140,7 @@ class Trainer:
             hook.on_start(self)
         first = self.state.iteration
         while not self.finished:
+            progress.enter("between steps")
             reason = self.stopping.reason(self.state.iteration, steps_made=self.state.iteration - first)
             if reason is not None:
                 logger.info("stopping after iteration %d of %d: %s", *self._place(), reason)
@@ -150,20 +151,18 @@ class Trainer:
             except NonFiniteError:
                 self._stop()
                 raise
-            progress.enter("hooks")
             for hook in self.hooks:
                 self._call(hook, hook.on_step, self, metrics)
-        progress.enter("end")
         for hook in self.hooks:
             self._call(hook, hook.on_end, self)
         return True
 
     def _stop(self) -> None:
-        progress.enter("stop")
         for hook in self.hooks:
             self._call(hook, hook.on_stop, self)
 
     def _call(self, hook: Hook, method: Callable[..., None], *args: Any) -> None:
+        progress.enter(type(hook).__name__)
         try:
             method(*args)
         except OSError as error:

@@ -53,7 +53,7 @@ class Stopping:
         received, overdue = asked.tolist()
         if received:
             return f"{signal.Signals(received).name} was received"
-        if overdue:
+        if overdue and steps_made:  # a run that starts late makes a step all the same, or it would never end
             return f"--exit-duration-in-mins {minutes:g} is over"
         if interval is not None and steps_made and iteration % interval == 0:
             return f"--exit-interval {interval}"

@@ -22,7 +22,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from megatron_taopd.exit_status import HUNG
+from megatron_taopd.exit_status import FAILED, HUNG
 from megatron_taopd.platform import distributed, progress
 
 SHARE_OF_TIMEOUT = 0.8
@@ -56,9 +56,11 @@ class Watchdog:
 
     Args:
         timeout: seconds of the collectives' time-out.
+        parent: the process that started this one, which ends with it.
     """
 
-    def __init__(self, timeout: float) -> None:
+    def __init__(self, timeout: float, *, parent: int) -> None:
+        self.parent = parent
         self.limit = SHARE_OF_TIMEOUT * timeout
         self.interval = min(max(self.limit / 50, 0.2), 10.0)
         self.main = threading.main_thread()
@@ -83,6 +85,9 @@ class Watchdog:
         beats, since = progress.current.beats, time.monotonic()
         while not self.stopped.wait(self.interval):
             self._publish()
+            if os.getppid() != self.parent:
+                # Nobody would end this rank any more, and a run that is started again would meet it in its files.
+                _end(f"taopd: rank {self.rank} ends, as the process that started it is gone", FAILED)
             if progress.current.beats != beats:
                 beats, since = progress.current.beats, time.monotonic()
             elif time.monotonic() - since > self.limit:
@@ -101,18 +106,15 @@ class Watchdog:
         reports = self._reports() or {self.rank: self._report()}
         silent = [rank for rank, report in first.items() if rank in reports and reports[rank].tick == report.tick]
         about_others = describe(reports, silent) if len(reports) == self.world_size else NOT_ANSWERING
-        print(
+        text = (
             f"taopd: rank {self.rank} has finished nothing for {idle:.0f} s: {reports[self.rank]}\n{about_others}\n"
             "The run ends here and goes on from its last checkpoint. If nothing is wrong and a piece of work takes this"
-            " long, raise --distributed-timeout-minutes.",
-            file=sys.stderr,
+            " long, raise --distributed-timeout-minutes."
         )
         if not reports[self.rank].waits:
             frames = traceback.format_stack(sys._current_frames().get(self.main.ident or 0))
-            print(f"taopd: rank {self.rank} is here:\n{''.join(frames)}", file=sys.stderr)
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(HUNG)
+            text += f"\ntaopd: rank {self.rank} is here:\n{''.join(frames)}"
+        _end(text, HUNG)
 
     def _publish(self) -> None:
         self.tick += 1
@@ -168,6 +170,13 @@ def _where(frame: FrameType | None) -> tuple[bool, str]:
             return waits, f"{file.parent.name}/{file.name}:{frame.f_lineno} ({frame.f_code.co_name})"
         frame = frame.f_back
     return waits, "no code of Megatron"
+
+
+def _end(text: str, status: int) -> None:
+    print(text, file=sys.stderr)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 def _own_store(timeout: timedelta) -> Any:

@@ -53,7 +53,7 @@ class CheckpointHook(Hook):
     def _begin(self, trainer: Trainer, *, in_background: bool) -> None:
         """Write the checkpoint of this iteration; all ranks call it."""
         self._publish()  # one at a time
-        progress.enter("checkpoint")
+        progress.beat()
         self.pending = begin_saving(
             self.directory,
             iteration=trainer.state.iteration,
@@ -74,7 +74,7 @@ class CheckpointHook(Hook):
         """Finish the checkpoint that is being written, if there is one."""
         if self.pending is None:
             return
-        progress.enter("checkpoint")
+        progress.beat()
         path, self.pending = self.pending.finish(), None
         if distributed.rank() == 0:
             logger.info("saved checkpoint %s", path)
@@ -87,7 +87,6 @@ class ExportHook(Hook):
         self.directory = directory
 
     def on_end(self, trainer: Trainer) -> None:
-        progress.enter("export")
         export_hf(trainer.pair.student.modules, trainer.pair.student.hf, self.directory)
         if distributed.rank() == 0:
             logger.info("wrote the student as an HF directory: %s", self.directory)
