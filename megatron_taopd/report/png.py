@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
+import textwrap
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 from megatron_taopd.errors import ConfigError
 from megatron_taopd.report.plots import Axis, Bars, Curve, Dots, Intervals, Line, Plot, Rule
-from megatron_taopd.report.scales import domains, tick_label
+from megatron_taopd.report.scales import domains, ticks
 
 COLOURS = {
     "c0": "#2b6cb0",
@@ -55,35 +57,38 @@ def write_pngs(plots: Iterable[Plot], directory: str | Path, *, dots_per_inch: i
     for plot in plots:
         rows = len(plot.y.names) if plot.y.names is not None else 0
         height = 4.0 if plot.tall else (0.9 + 0.28 * rows if rows else 2.8)
+        height += 0.17 * math.ceil(len(plot.legend()) / 3)
         with rc_context(STYLE):
             figure = Figure(figsize=(4.2, max(height, 1.6)), layout="constrained")
-            _draw(plot, figure.subplots())
+            _draw(plot, figure)
             paths.append(directory / f"{plot.key}.png")
             figure.savefig(paths[-1], dpi=dots_per_inch)
     return paths
 
 
-def _draw(plot: Plot, axes: Any) -> None:
+def _draw(plot: Plot, figure: Any) -> None:
+    axes = figure.subplots()
     (x_low, x_high), (y_low, y_high) = domains(plot)
     for mark in plot.marks:
         _DRAW[type(mark)](mark, axes)
-    axes.set(title=plot.title, xlabel=plot.x.label, ylabel=plot.y.label, xlim=(x_low, x_high), ylim=(y_low, y_high))
-    _set_axis(plot.x, axes.xaxis)
-    _set_axis(plot.y, axes.yaxis)
+    _set_axis(plot.x, axes.xaxis, x_low, x_high)
+    _set_axis(plot.y, axes.yaxis, y_low, y_high)
+    label = textwrap.fill(plot.y.label, 36)
+    axes.set(title=plot.title, xlabel=plot.x.label, ylabel=label, xlim=(x_low, x_high), ylim=(y_low, y_high))
     if plot.y.names is not None:
         axes.invert_yaxis()
         axes.grid(axis="y", visible=False)
     if len(plot.legend()) > 1:
-        axes.legend(loc="best")
+        figure.legend(loc="outside lower center", ncols=min(3, len(plot.legend())))
 
 
-def _set_axis(axis: Axis, drawn: Any) -> None:
+def _set_axis(axis: Axis, drawn: Any, low: float, high: float) -> None:
+    """The ticks of the page."""
     if axis.scale == "log":
         drawn.axes.set(**{f"{drawn.axis_name}scale": "log"})
-    if axis.names is not None:
-        drawn.set_ticks(range(len(axis.names)), labels=list(axis.names))
-    elif axis.format == "percent":
-        drawn.set_major_formatter(lambda value, _: tick_label(value, 0.01, "percent"))
+    found = ticks(axis, low, high)
+    drawn.set_ticks([value for value, _ in found], labels=[label for _, label in found])
+    drawn.set_ticks([], minor=True)
 
 
 def _line(mark: Line, axes: Any) -> None:

@@ -83,7 +83,9 @@ def ticks(axis: Axis, low: float, high: float, *, most: int = 6) -> list[tuple[f
     if axis.names is not None:
         return [(float(i), name if len(name) <= 30 else f"{name[:29]}…") for i, name in enumerate(axis.names)]
     if axis.scale == "log":
-        return _log_ticks(axis, low, high, most=most)
+        found = _log_ticks(axis, low, high, most=most)
+        if len(found) > 1:
+            return found  # else the axis is so short that it is nearly linear
     step = _round_step((high - low) / (most - 1), whole=axis.format == "integer")
     first = math.ceil(low / step - 1e-9)
     last = math.floor(high / step + 1e-9)

@@ -56,6 +56,7 @@ def test_shares_and_durations() -> None:
         (Axis(label="", format="integer"), (1, 3), ["1", "2", "3"]),
         (Axis(label="", scale="log"), (0.7, 500), ["1", "10", "100"]),
         (Axis(label="", scale="log", format="percent"), (0.01, 0.1), ["1 %", "2 %", "5 %", "10 %"]),
+        (Axis(label="", scale="log"), (0.11, 0.14), ["0.11", "0.12", "0.13", "0.14"]),
         (Axis(label=""), (0, 5e-5), ["0", "1e−5", "2e−5", "3e−5", "4e−5", "5e−5"]),
         (Axis(label="", names=["a", "b" * 40]), (0, 1), ["a", "b" * 29 + "…"]),
     ],
