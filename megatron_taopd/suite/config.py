@@ -31,6 +31,8 @@ OWN_KEYS = {
     "save": "write save_interval for checkpoints to resume from, and keep: all to keep them",
     "load": "an interrupted run resumes by itself",
     "export_hf": "write keep: exports beside settings",
+    "exit_interval": "a suite stops when it is sent SIGTERM or SIGUSR1",
+    "exit_duration_in_mins": "a suite stops when it is sent SIGTERM or SIGUSR1",
 }
 """Keys of `taopd train` that the suite sets itself, and what to write instead."""
 

@@ -34,21 +34,17 @@ class Stopped(Exception):
     """The training loop returned before the last step: it was asked to stop."""
 
 
-class MeasureHook(Hook):
-    """Measures the student after the last step, while both models are in memory."""
+class LastStep(Hook):
+    """Holds on to the models after the last step, and knows the most memory that training took."""
 
-    def __init__(self, plan: Plan, run: Run) -> None:
-        self.plan = plan
-        self.run = run
-        self.measured: dict[str, Any] | None = None
-        self.trained_peak: int | None = None
+    def __init__(self) -> None:
         self.memory = PeakMemory()
+        self.peak: int | None = None
+        self.pair: ModelPair | None = None
 
     def on_end(self, trainer: Trainer) -> None:
-        if trainer.state.iteration < trainer.config.batch.train_iters:
-            return
-        self.trained_peak = self.memory.read()
-        self.measured = measure(self.plan, self.run, trainer.pair, trainer.config)
+        self.peak = self.memory.read()
+        self.pair = trainer.pair
 
 
 def measure(plan: Plan, run: Run, pair: ModelPair, config: TrainConfig) -> dict[str, Any]:
@@ -99,15 +95,15 @@ def execute(plan: Plan, run: Run) -> dict[str, Any]:
         distributed.initialize(config.parallel, seed=config.seed)
         configure_logging()
         if run.cell.method.trains:
-            hook = MeasureHook(plan, run)
-            run_training(config, further_hooks=[hook])
-            if hook.measured is None:
+            last = LastStep()
+            if not run_training(config, further_hooks=[last]):
                 raise Stopped
-            measured, peak = hook.measured, hook.trained_peak
-            training = _training(directory / "metrics.jsonl", config)
+            assert last.pair is not None, "hooks see the end"
+            peak, training = last.peak, _training(directory / "metrics.jsonl", config)
+            measured = measure(plan, run, last.pair, config)
         else:
             memory, training = PeakMemory(), None
-            measured = _measure_untrained(plan, run, config)
+            measured = measure(plan, run, _untrained(config), config)
             peak = memory.read()
     return {
         **describe(plan, run, status="finished", started=started),
@@ -138,9 +134,9 @@ def describe(plan: Plan, run: Run, *, status: str, started: float) -> dict[str, 
     }
 
 
-def _measure_untrained(plan: Plan, run: Run, config: TrainConfig) -> dict[str, Any]:
+def _untrained(config: TrainConfig) -> ModelPair:
     announce(config, "taopd suite: a student as it is")
-    pair = load_pair(
+    return load_pair(
         config.models,
         config.parallel,
         config.precision,
@@ -148,7 +144,6 @@ def _measure_untrained(plan: Plan, run: Run, config: TrainConfig) -> dict[str, A
         offload_teacher=config.scoring.offload_teacher,
         teacher_parallel=config.teacher_parallel,
     )
-    return measure(plan, run, pair, config)
 
 
 def _training(path: Path, config: TrainConfig) -> dict[str, Any]:

@@ -25,17 +25,15 @@ if TYPE_CHECKING:
 HELD_OUT, VALIDATION = "held_out", "validation"
 
 CHANGES_NOTHING = {
-    "log_dir",
-    "save",
-    "load",
-    "export_hf",
-    "save_interval",
     "async_save",
-    "keep_last_checkpoints",
-    "exit_interval",
-    "exit_duration_in_mins",
-    "log_interval",
     "distributed_timeout_minutes",
+    "export_hf",
+    "keep_last_checkpoints",
+    "load",
+    "log_dir",
+    "log_interval",
+    "save",
+    "save_interval",
 }
 """Keys that may differ between two starts of a suite: no number of a run depends on them."""
 
@@ -169,7 +167,7 @@ class Plan:
         if cell.rates:
             values["lr"] = cell.rates[-1]
         if not method.trains:
-            values["save_interval"] = None
+            values |= dict.fromkeys(("save_interval", "keep_last_checkpoints", "async_save"))
         elif values.get("save_interval") is not None or suite.keep == "all":
             values["save"] = values["load"] = "{run}/checkpoints"
         if method.trains and suite.keep in ("exports", "all"):

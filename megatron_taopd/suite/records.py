@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import socket
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from megatron_taopd.errors import ConfigError, DataError
 
 FORMAT = 1
 NAME = "record.json"
+BEGUN = "begun.json"
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -65,18 +67,47 @@ def check_same(record: dict[str, Any], wanted: dict[str, Any], directory: Path) 
     Raises:
         ConfigError: naming the first differences.
     """
-    differences = []
-    for key, value in _plain(wanted["settings"]).items():
-        if key in record["settings"] and record["settings"][key] != value:
-            differences.append(f"{key} was {record['settings'][key]!r} and is now {value!r}")
-    for name, digest in wanted["files"].items():
-        if name not in record["files"]:
-            differences.append(f"it was not measured on {name}")
-        elif record["files"][name] != digest:
-            differences.append(f"the content of {name} has changed")
+    differences = differing(record, wanted)
     if differences:
         more = f" (and {len(differences) - 4} more)" if len(differences) > 4 else ""
         raise ConfigError(
             f"{directory} is finished and was made with other settings: {'; '.join(differences[:4])}{more}. Delete "
             "that directory to make the run again, change the suite file back, or give another --out"
         )
+
+
+def differing(made: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
+    """In words, what settings and data a run was made with and is now to be made with."""
+    differences = []
+    for key, value in _plain(wanted["settings"]).items():
+        if key in made["settings"] and made["settings"][key] != value:
+            differences.append(f"{key} was {made['settings'][key]!r} and is now {value!r}")
+    for name, digest in wanted["files"].items():
+        if name not in made["files"]:
+            differences.append(f"it was not measured on {name}")
+        elif made["files"][name] != digest:
+            differences.append(f"the content of {name} has changed")
+    return differences
+
+
+def begin(directory: Path, wanted: dict[str, Any], *, anew: bool) -> bool:
+    """Make a run's directory ready, with what it is made from in ``begun.json``.
+
+    Args:
+        anew: it is not to be continued.
+
+    Returns:
+        Whether an interrupted run is there that can be continued.
+    """
+    path = directory / BEGUN
+    begun = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    goes_on = begun is not None and not anew and not differing(begun, wanted)
+    if not goes_on:
+        for name in ("checkpoints", "hf", "held_out", "validation"):
+            shutil.rmtree(directory / name, ignore_errors=True)
+        for name in ("metrics.jsonl", "starts.jsonl", "warnings.jsonl", "log.txt", NAME):
+            (directory / name).unlink(missing_ok=True)
+        for error in directory.glob("error-rank*.txt"):
+            error.unlink()
+    write_json(path, wanted)
+    return goes_on

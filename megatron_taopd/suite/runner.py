@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import datetime
 import gc
+import shutil
+import signal
+import threading
 import time
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import torch
@@ -21,11 +25,16 @@ from megatron_taopd.suite import claims
 from megatron_taopd.suite.execute import Stopped, describe, execute
 from megatron_taopd.suite.measured import ACCURACY
 from megatron_taopd.suite.plan import Plan, Run
-from megatron_taopd.suite.records import NAME, check_same, read_record, write_json
+from megatron_taopd.suite.records import NAME, begin, check_same, read_record, write_json
 from megatron_taopd.suite.sweep import choose, chosen_rates
+from megatron_taopd.training.stopping import STOP_SIGNALS
 
 WAIT_SECONDS = 2.0
 CONTROL_TIMEOUT = datetime.timedelta(hours=24)
+
+
+class StopAsked(BaseException):
+    """A stop signal came, and nothing has to be written first."""
 
 
 class RanksApart(ConfigError):
@@ -82,6 +91,7 @@ class Runner:
         self.seconds: list[float] = []
         self.failed = 0
         self.frozen = False
+        self.stop = False
         self.control: torch.distributed.ProcessGroup | None = None
         self.claim: claims.Claim | None = None
 
@@ -95,25 +105,25 @@ class Runner:
             ConfigError: a finished run was made with other settings.
             RanksApart: after a failure of some ranks alone; its record is written.
         """
-        with self._control_group():
-            run: Run | None
-            while True:
-                word, run = self._tell(self._next() if distributed.rank() == 0 else None)
-                if word == "end":
-                    return True
-                if run is None:
-                    time.sleep(WAIT_SECONDS)
-                    continue
-                try:
-                    if not self._make(run):
+        with self._control_group(), self._stop_signals():
+            try:
+                while True:
+                    word, run = self._tell(self._next() if distributed.rank() == 0 else None)
+                    if word in ("end", "stop"):
+                        return word == "end"
+                    if run is None:
+                        time.sleep(WAIT_SECONDS)
+                    elif not self._make(run):
                         return False
-                finally:
-                    if self.claim is not None:
-                        self.claim.release()
-                        self.claim = None
+            except StopAsked:
+                return False
+            finally:
+                self._release()
 
     def _next(self) -> tuple[str, Run | None]:
-        """Claim a run: ("make", run), or ("wait", None) for other processes' sweeps, or ("end", None)."""
+        """Claim a run: "make" and the run, or else "wait" (for other processes' sweeps), "end" or "stop"."""
+        if self.stop:
+            return "stop", None
         pending, waiting = self.records.left()
         for run in pending:
             directory = self.plan.directory(run)
@@ -121,9 +131,9 @@ class Runner:
             if self.claim is None:
                 continue
             if self.records.look(run) is None:
+                begin(directory, self.plan.identity(run), anew=read_record(directory) is not None)
                 return "make", run
-            self.claim.release()  # it ended between the two looks
-            self.claim = None
+            self._release()  # it ended between the two looks
         return ("wait", None) if waiting else ("end", None)
 
     def _make(self, run: Run) -> bool:
@@ -145,6 +155,7 @@ class Runner:
         bad = [text for text in errors if text is not None]
         if any(self._gather(stopped)):
             return False
+        self.failed += bool(bad)
         if distributed.rank() == 0:
             if bad:
                 failure = describe(self.plan, run, status="failed", started=started)
@@ -156,9 +167,15 @@ class Runner:
                 f"{run} failed on {len(bad)} of {len(errors)} ranks ({bad[0]}); it is recorded as failed. Start the "
                 "same command again to go on with the other runs"
             )
+        self._release()
         if not self.frozen:
             self._freeze()
         return True
+
+    def _release(self) -> None:
+        if self.claim is not None:
+            self.claim.release()
+            self.claim = None
 
     def _freeze(self) -> None:
         """Take what the libraries hold out of the garbage collector's sight, which looks through everything before each
@@ -177,8 +194,6 @@ class Runner:
         if record["status"] == "finished":
             self.seconds.append(record["seconds"])
             clean(directory, self.plan.suite.keep)
-        else:
-            self.failed += 1
         self._report(run, record)
 
     def _report(self, run: Run, record: dict[str, Any]) -> None:
@@ -206,6 +221,25 @@ class Runner:
             if self.control is not None:
                 distributed.close_groups([self.control])
                 self.control = None
+
+    @contextmanager
+    def _stop_signals(self) -> Iterator[None]:
+        """One rank stops at once, several after the run; with checkpoints training itself stops after a step."""
+
+        def note(number: int, frame: FrameType | None) -> None:
+            self.stop = True
+            if distributed.world_size() == 1:
+                raise StopAsked
+
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        previous = {number: signal.signal(number, note) for number in STOP_SIGNALS}
+        try:
+            yield
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
 
     def _tell(self, value: Any) -> Any:
         if self.control is None:
@@ -236,7 +270,5 @@ def start_ranks() -> None:
 
 def clean(directory: Path, keep: str) -> None:
     """Delete what only an unfinished run needs."""
-    import shutil
-
     if keep != "all":
         shutil.rmtree(directory / "checkpoints", ignore_errors=True)

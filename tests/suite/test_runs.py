@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import signal
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -14,10 +16,11 @@ import torch
 
 from megatron_taopd import cli
 from megatron_taopd.errors import ConfigError
+from megatron_taopd.exit_status import RUN_AGAIN
 from megatron_taopd.platform import distributed
 from megatron_taopd.suite.config import read_suite
-from megatron_taopd.suite.plan import Plan
-from megatron_taopd.testing import WorkerError, WorkerPool
+from megatron_taopd.suite.plan import Plan, Run
+from megatron_taopd.testing import WorkerPool
 from tests.oracle.reference import load_float64, read_jsonl, response_logits
 from tests.suite.cases import SEEDS, VOCAB, make_home, run_suite, table_of, without_times, write_suite
 
@@ -119,7 +122,7 @@ def test_other_settings_of_a_finished_run_are_refused(straight: Path, home: Path
 def test_interrupted_and_resumed_is_the_same_table(
     save_interval: int | None, straight: Path, home: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """Ctrl-C in the second step of the second run: it goes on from its checkpoint, or is made anew."""
+    """SIGTERM in the second step of the second run: it goes on from its checkpoint, or is made anew."""
     from megatron_taopd.training.hooks.metrics_file import MetricsFileHook
 
     on_step, calls = MetricsFileHook.on_step, 0
@@ -127,22 +130,21 @@ def test_interrupted_and_resumed_is_the_same_table(
     def interrupt(*args: Any) -> None:
         nonlocal calls
         calls += 1
-        if calls == 3 + 2:
-            raise KeyboardInterrupt
         on_step(*args)
+        if calls == 3 + 2:
+            os.kill(os.getpid(), signal.SIGTERM)
 
     settings = {"save-interval": save_interval}
     suite = write_suite(tmp_path / "suite.yaml", home, methods=METHODS, settings=settings)
     with monkeypatch.context() as patch:
         patch.setattr(MetricsFileHook, "on_step", interrupt)
-        with pytest.raises(KeyboardInterrupt):
-            run_suite(suite, tmp_path / "out")
+        assert run_suite(suite, tmp_path / "out") == RUN_AGAIN
     assert len(list(tmp_path.rglob("record.json"))) == 1
     assert not list(tmp_path.rglob("claim.*"))
     assert run_suite(suite, tmp_path / "out") == 0
     run = tmp_path / "out/runs/teachability/budget-0.3/lr-0.01/seed-1"
     assert len(read_jsonl(run / "starts.jsonl")) == 2
-    assert ("resumed from iteration 1" in (run / "log.txt").read_text()) == (save_interval == 1)
+    assert ("resumed from iteration 2" in (run / "log.txt").read_text()) == (save_interval == 1)
     assert without_times(table_of(tmp_path / "out")) == without_times(table_of(straight))
 
 
@@ -161,11 +163,38 @@ def test_a_failed_run_is_recorded_and_the_others_are_made(home: Path, tmp_path: 
     assert table_of(out)["runs"] == {"finished": 1, "failed": 1, "missing": 0}
     (broken / "model.safetensors").write_bytes((home / "student-1/model.safetensors").read_bytes())
     assert run_suite(suite, out) == 0
-    assert table_of(out)["runs"]["failed"] == 1, "not asked for"
+    assert table_of(out)["runs"]["failed"] == 1, "nobody asked for it"
     assert run_suite(suite, out, "--retry-failed") == 0
     rows = table_of(out)["rows"]
     assert [row["seeds"] for row in rows] == [[1], [1]]
     assert rows[0]["measures"]["kl_forward"]["mean"] == rows[1]["measures"]["kl_forward"]["mean"]
+
+
+def test_an_interrupted_run_is_not_continued_with_other_settings(
+    home: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Its checkpoint is of another comparison: the run is made anew."""
+    from megatron_taopd.training.hooks.metrics_file import MetricsFileHook
+
+    on_step = MetricsFileHook.on_step
+
+    def interrupt(*args: Any) -> None:
+        on_step(*args)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    changes: dict[str, Any] = dict(methods={"full": None}, budgets=None, seeds=[1])
+    for style, status in (("cosine", RUN_AGAIN), ("linear", 0)):
+        settings = {"save-interval": 1, "lr-decay-style": style}
+        suite = write_suite(tmp_path / "suite.yaml", home, settings=settings, **changes)
+        with monkeypatch.context() as patch:
+            if status == RUN_AGAIN:
+                patch.setattr(MetricsFileHook, "on_step", interrupt)
+            assert run_suite(suite, tmp_path / "out") == status
+    run = tmp_path / "out/runs/full/lr-0.01/seed-1"
+    assert len(read_jsonl(run / "starts.jsonl")) == 1 and "resumed" not in (run / "log.txt").read_text()
+    # Linear from 1e-2 to 0 in three steps; the cosine's second step would be made with 0.0075.
+    rates = [step["learning_rate"] for step in read_jsonl(run / "metrics.jsonl")]
+    assert rates == pytest.approx([0.01, 0.02 / 3, 0.01 / 3])
 
 
 def share(suite: str, out: str) -> int:
@@ -228,7 +257,7 @@ def test_two_processes_share_a_sweep_and_its_runs(
 def test_two_ranks_make_the_runs_together(
     straight: Path, home: Path, tmp_path: Path, pool: Callable[[int], WorkerPool]
 ) -> None:
-    """Data-parallel ranks find what one rank found, up to rounding; a layout that does not fit is refused at once."""
+    """Data-parallel ranks find what one rank found, up to rounding."""
     changes: dict[str, Any] = dict(methods={"teachability": None}, settings={"micro-batch-size": 2})
     suite = write_suite(tmp_path / "suite.yaml", home, **changes)
     assert pool(2).run(run_suite, suite, tmp_path / "out") == [0, 0]
@@ -238,10 +267,48 @@ def test_two_ranks_make_the_runs_together(
         mine, other = (list(r["measures"][name]["values"].values()) for r in (row, alone))
         assert mine == pytest.approx(other, rel=1e-3)
     assert {json.loads(path.read_text())["ranks"] for path in tmp_path.rglob("record.json")} == {2}
-    changes["settings"] = {"tensor-model-parallel-size": 4}
-    wide = write_suite(tmp_path / "wide.yaml", home, **changes)
-    with pytest.raises(WorkerError, match="2 ranks cannot hold whole models"):
-        pool(2).run(run_suite, wide, tmp_path / "wide")
+
+
+def test_a_layout_that_does_not_fit_the_ranks_is_refused_at_once(home: Path, tmp_path: Path) -> None:
+    settings = {"tensor-model-parallel-size": 4}
+    suite = write_suite(tmp_path / "suite.yaml", home, settings=settings)
+    with pytest.raises(ConfigError, match="1 ranks cannot hold whole models"):
+        run_suite(suite, tmp_path / "out")
+    assert not (tmp_path / "out/runs").exists()
+
+
+def fail_on_one_rank(suite: Path, out: Path) -> str:
+    """What a rank says when the second one failed alone."""
+    from megatron_taopd.suite import runner
+
+    execute = runner.execute
+
+    def fail(plan: Plan, run: Run) -> dict[str, Any]:
+        record = execute(plan, run)
+        if distributed.rank() == 1:
+            raise OSError("disk of rank 1")
+        return record
+
+    runner.execute = fail
+    try:
+        run_suite(suite, out)
+    except runner.RanksApart as error:
+        return str(error)
+    finally:
+        runner.execute = execute
+    return ""
+
+
+def test_a_failure_of_one_rank_alone_is_recorded_and_ends_all(
+    home: Path, tmp_path: Path, pool: Callable[[int], WorkerPool]
+) -> None:
+    changes: dict[str, Any] = dict(methods={"untrained": {"train": False}}, budgets=None, lr=None)
+    suite = write_suite(tmp_path / "suite.yaml", home, **changes)
+    said = pool(2).run(fail_on_one_rank, suite, tmp_path / "out")
+    assert all("seed 1 failed on 1 of 2 ranks (OSError: disk of rank 1)" in words for words in said)
+    record = json.loads((tmp_path / "out/runs/untrained/seed-1/record.json").read_text())
+    assert (record["status"], record["error"]) == ("failed", "OSError: disk of rank 1")
+    assert not (tmp_path / "out/runs/untrained/seed-2").exists()
 
 
 def test_answers_are_measured(home: Path, tmp_path: Path) -> None:
