@@ -83,11 +83,13 @@ def _tell_changed_flags(checkpoint: Path, now: dict[str, Any]) -> None:
     before = read_saved_config(checkpoint)
     if before is None:
         return
-    now = json.loads(json.dumps(now, default=str))
-    changed = [
-        f"{name} {before[name]} -> {now[name]}"
-        for name in now
-        if name in before and name not in CHANGES_NOTHING and before[name] != now[name]
-    ]
+    changed = changed_flags(before, now)
     if changed:
         logger.info("flags that differ from those of the checkpoint: %s", ", ".join(changed))
+
+
+def changed_flags(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """What numbers of the steps to come depend on and differs, as ``name before -> now``."""
+    now = json.loads(json.dumps(now, default=str))  # as the checkpoint's went through JSON
+    names = [name for name in now if name in before and name not in CHANGES_NOTHING]
+    return [f"{name} {before[name]} -> {now[name]}" for name in names if before[name] != now[name]]

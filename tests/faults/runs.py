@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from tests.oracle.cases import make_pair
 
-ITERATIONS = 6
+ITERATIONS = 5
 TIMES = ("time_rollout", "time_score", "time_train", "time_step", "tokens_per_second")
 
 

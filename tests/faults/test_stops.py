@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import resource
 import signal
@@ -10,16 +11,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from megatron_taopd import cli
 from megatron_taopd.checkpoint import read_latest_iteration
 from megatron_taopd.checkpoint_config import CheckpointConfig
 from megatron_taopd.commands.train import run_training
 from megatron_taopd.config import TrainConfig
-from megatron_taopd.errors import ConfigError
+from megatron_taopd.errors import ConfigError, DataError
 from megatron_taopd.platform import distributed
 from megatron_taopd.testing import WorkerPool
 from megatron_taopd.training.hooks.base import Hook
+from megatron_taopd.training.resume import changed_flags
 from tests.faults.runs import ITERATIONS, assert_same, lines, make_inputs, words
 
 Pools = Callable[[int], WorkerPool]
@@ -67,6 +70,45 @@ def test_a_run_that_is_stopped_in_every_way_ends_like_one_that_was_not(pool: Poo
     assert_same(tmp_path / "stopped", tmp_path / "straight")
 
 
+def _spoil_the_data(root: Path, out: Path) -> list[Any]:
+    prompts = (root / "prompts.jsonl").read_text()
+    own = out / "prompts.jsonl"
+    arguments = [*words(root, out), f"--prompt-data={own}"]
+    answers: list[Any] = []
+    for text, further in (
+        (prompts, ["--exit-interval=2"]),
+        (prompts + '{"id": "torn", "prompt_tok\n', []),
+        (prompts.replace("40", "41"), ["--exit-interval=3"]),
+        (prompts, []),
+    ):
+        torch.distributed.barrier()
+        own.write_text(text)
+        torch.distributed.barrier()
+        try:
+            answers.append(cli.run([*arguments, *further]))
+        except DataError as error:
+            answers.append(str(error))
+    return answers
+
+
+def test_data_that_is_spoiled_or_exchanged_between_two_starts(pool: Pools, root: Path, tmp_path: Path) -> None:
+    for answers in pool(2).run(_spoil_the_data, root, tmp_path):
+        assert f"{tmp_path}/prompts.jsonl:11: not valid JSON" in answers.pop(1)
+        assert answers == [75, 75, 0]
+    warned = [json.loads(line)["message"] for line in (tmp_path / "warnings.jsonl").read_text().splitlines()]
+    assert len(warned) == 2  # other data, and the first again
+    for message in warned:
+        assert message.startswith("the data is not that of the checkpoint (10 samples, ")
+    assert [line["iteration"] for line in lines(tmp_path)] == list(range(1, ITERATIONS + 1))
+
+
+def test_flags_that_differ_from_those_of_the_checkpoint() -> None:
+    before = {"lr": 1e-3, "save": "a", "teacher": ["x"], "seed": 1, "gone": 3}
+    assert changed_flags(before, {"lr": 2e-3, "save": "b", "teacher": ["x"], "seed": 1, "new": 4}) == [
+        "lr 0.001 -> 0.002"
+    ]
+
+
 class FullDiskHook(Hook):
     """Rank 0 cannot write any more from one step to another."""
 
@@ -89,7 +131,7 @@ def test_a_full_disk_under_the_metrics_ends_no_run(pool: Pools, root: Path, tmp_
     assert [answer[0] for answer in pool(2).run(_fill_the_disk, root, tmp_path)] == [True, True]
     assert [line["iteration"] for line in lines(tmp_path)] == list(range(1, ITERATIONS + 1))
     dumped = sorted(path.name for path in (tmp_path / "kept_tokens").glob("*.jsonl"))
-    assert dumped == [f"iter_{iteration:07d}.jsonl" for iteration in (1, 2, 5, 6)]
+    assert dumped == [f"iter_{iteration:07d}.jsonl" for iteration in (1, 2, 5)]
 
 
 def _start_where_nothing_can_be_written(root: Path, out: Path) -> list[str]:
