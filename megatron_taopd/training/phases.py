@@ -61,6 +61,8 @@ class PhasedScope:
         self.warmup = warmup
         self.fallback_scope: SelectionScope | None = None
         self.fallback: Fallback | None = None
+        self.why = "so it was when this run was saved"
+        self.told = False
 
     def add_fallback(self, scope: SelectionScope, saved: dict[str, Any] | None) -> None:
         """With a scope that may take over from now on."""
@@ -70,7 +72,9 @@ class PhasedScope:
             self.fallback.restore(saved)
 
     def before(self, micro_batches: Sequence[MicroBatch], *, step: int) -> list[TrainMicroBatch]:
-        return self._in_force(step).before(micro_batches, step=step)
+        in_force = self._in_force(step)
+        self._tell(in_force, step)
+        return in_force.before(micro_batches, step=step)
 
     def after(self, *, step: int) -> Outcome:
         in_force = self._in_force(step)
@@ -115,24 +119,21 @@ class PhasedScope:
             shares = torch.tensor([summary["teacher_top5_share"], summary["low_C_share"]], dtype=torch.float64)
         shares = shares.to(device())
         torch.distributed.all_reduce(shares, op=torch.distributed.ReduceOp.MAX)
-        figures = dict(zip(("top5_share", "low_c_share"), shares.tolist(), strict=True))
-        if not fallback.see(**figures):
+        top5_share, low_c_share = shares.tolist()
+        if fallback.see(top5_share=top5_share, low_c_share=low_c_share):
+            reasons = fallback.reasons(top5_share=top5_share, low_c_share=low_c_share)
+            self.why = " and ".join(reasons) or (
+                f"{top5_share:.2%} of the sampled tokens are among the teacher's best five, C is below 0.5 at "
+                f"{low_c_share:.2%} of the positions"
+            )
+
+    def _tell(self, in_force: SelectionScope, step: int) -> None:
+        """Log where the fall-back begins to choose, and where it ends."""
+        if (in_force is self.fallback_scope) == self.told:
             return
-        names = self.config.phases.fallback_selector, self.config.selection.selector
-        if fallback.active:
-            why = " and ".join(fallback.reasons(**figures))
-            logger.warning(
-                "iteration %d: %s; from the next one on --fallback-selector %s chooses the positions, not %s",
-                step + 1,
-                why,
-                *names,
-            )
-        else:
-            logger.warning(
-                "iteration %d: %.2f%% of the sampled tokens are among the teacher's best five and C is below 0.5 at "
-                "%.2f%% of the positions; the fall-back on %s ends, and --selector %s chooses again",
-                step + 1,
-                100 * figures["top5_share"],
-                100 * figures["low_c_share"],
-                *names,
-            )
+        self.told = in_force is self.fallback_scope
+        line = "iteration %d: --selector %s chooses the positions again, and no longer --fallback-selector %s: %s"
+        if self.told:
+            line = "iteration %d: not --selector %s but --fallback-selector %s chooses the positions: %s"
+        names = self.config.selection.selector, self.config.phases.fallback_selector
+        logger.warning(line, step + 1, *names, self.why)
