@@ -46,18 +46,27 @@ TRAINING=(
   --recompute-num-layers 1
 )
 
-# A recipe may add to any of these lists before it calls it.
-launch() {
-  local words=(
-    torchrun
-    --nnodes "$NODES" --node-rank "$NODE_RANK" --nproc-per-node "$GPUS_PER_NODE"
-    --master-addr "$MASTER_ADDR" --master-port "$MASTER_PORT"
-    -m megatron_taopd train
+# A recipe may add to any of these lists before it calls what follows.
+
+# Fills TRAIN with the words of `taopd train`, and those given behind them.
+train_words() {
+  TRAIN=(
+    train
     --student "$STUDENT" --teacher "$TEACHER" --prompt-data "$PROMPT_DATA"
     "${LAYOUT[@]}" "${PRECISION[@]}" "${SELECTION[@]}" "${TRAINING[@]}"
     --save "$OUTPUT/checkpoints" --save-interval 50 --load "$OUTPUT/checkpoints"
     --log-dir "$OUTPUT" --tensorboard-dir "$OUTPUT/tensorboard"
     "$@"
+  )
+}
+
+launch() {
+  train_words "$@"
+  local words=(
+    torchrun
+    --nnodes "$NODES" --node-rank "$NODE_RANK" --nproc-per-node "$GPUS_PER_NODE"
+    --master-addr "$MASTER_ADDR" --master-port "$MASTER_PORT"
+    -m megatron_taopd "${TRAIN[@]}"
   )
   if [[ -n ${DRY_RUN:-} ]]; then
     printf '%s\n' "${words[@]}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 from collections.abc import Iterator
 
@@ -24,3 +25,9 @@ def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
         yield cluster
     finally:
         cluster.stop()
+
+
+@pytest.fixture(autouse=True)
+def _empty_standard_input(monkeypatch: pytest.MonkeyPatch) -> None:
+    """nemo-run reads it, and pytest refuses."""
+    monkeypatch.setattr("sys.stdin", io.StringIO())
