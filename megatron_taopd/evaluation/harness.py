@@ -13,6 +13,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from megatron_taopd.errors import ConfigError
 from megatron_taopd.evaluation.config import HarnessConfig
 from megatron_taopd.evaluation.options import json_object
@@ -66,10 +68,15 @@ class Harness:
         except ImportError as error:
             raise ConfigError("--harness needs lm-eval, which is not installed: pip install -e '.[eval]'") from error
         self.config = config
-        if config.harness_tasks_dir is not None and not Path(config.harness_tasks_dir).is_dir():
-            raise ConfigError(f"--harness-tasks-dir {config.harness_tasks_dir} is no directory")
-        self.manager = TaskManager(include_path=config.harness_tasks_dir)
-        self.tasks = [task for name in config.harness for task in self._load(name)]
+        own = config.harness_tasks_dir
+        if own is not None and not Path(own).is_dir():
+            raise ConfigError(f"--harness-tasks-dir {own} is no directory")
+        # Reading the thousands of tasks that come with it takes a while.
+        self.manager = TaskManager(include_path=own, include_defaults=False)
+        if not all(name in self.manager.all_tasks or Path(name).is_file() for name in config.harness):
+            self.manager = TaskManager(include_path=own)
+        with tempfile.TemporaryDirectory() as aside:
+            self.tasks = [task for name in config.harness for task in self._load(name, Path(aside))]
 
     def run(self, directory: Path, *, bf16: bool, chat: bool, system_prompt: str | None, seed: int) -> dict[str, Any]:
         """Evaluate; what lm-evaluation-harness returns.
@@ -117,34 +124,23 @@ class Harness:
         assert results is not None, "one process is the first of all"
         return results
 
-    def _load(self, name: str) -> list[Any]:
+    def _load(self, name: str, aside: Path) -> list[Any]:
         """The tasks that a name stands for."""
         known = self.manager.all_tasks
         if name not in known and not Path(name).is_file():
             near = difflib.get_close_matches(name, known, n=3)
             hint = f"; did you mean {' or '.join(near)}?" if near else ""
             raise ConfigError(f"--harness {name!r} is no task of lm-evaluation-harness and no YAML file{hint}")
-        spec: Any = name
         file = self.config.data_files().get(name)
-        if file is not None:
-            if not Path(file).is_file():
-                raise ConfigError(f"--harness-data {name}={file}: there is no such file")
-            spec = {
-                "task": name,
-                "dataset_path": "json",
-                "dataset_name": None,
-                "dataset_kwargs": {"data_files": str(Path(file).absolute())},
-                "test_split": "train",  # what a file without named splits is called
-                "validation_split": None,
-                "training_split": None,
-                "fewshot_split": None,
-            }
+        spec = name if file is None else str(self._with_data(name, file, aside))
         try:
             tasks = list(self.manager.load([spec])["tasks"].values())
+        except ImportError as error:
+            raise ConfigError(f"--harness {name} needs more than lm-eval alone, install that too: {error}") from error
         except Exception as error:  # whatever data sets, YAML and a task's own code run into
             raise ConfigError(
-                f"--harness {name} cannot be had: {type(error).__name__}: {error}. Nothing is downloaded; "
-                f"data that are not here come from a file, --harness-data {name}=FILE.jsonl (docs/evaluation.md)"
+                f"--harness {name} cannot be had: {type(error).__name__}: {error}. Nothing is downloaded; its problems "
+                f"can come from a file, --harness-data {name}=FILE.jsonl (docs/evaluation.md)"
             ) from error
         for task in tasks:
             if getattr(task, "UNSAFE_CODE", False) and not self.config.allow_code_execution:
@@ -162,6 +158,28 @@ class Harness:
                 )
         return tasks
 
+    def _with_data(self, name: str, file: str, aside: Path) -> Path:
+        """A YAML file in ``aside`` of a task that reads ``file`` in place of its data set."""
+        if not Path(file).is_file():
+            raise ConfigError(f"--harness-data {name}={file}: there is no such file")
+        entry = self.manager.task_index.get(name)
+        path = Path(name) if entry is None else entry.yaml_path
+        if path is None or (entry is not None and entry.kind.name != "TASK"):
+            raise ConfigError(f"--harness-data {name}={file}: {name} is no single task; give its tasks one by one")
+        content = {
+            "include": str(path.absolute()),
+            "dataset_path": "json",
+            "dataset_name": None,
+            "dataset_kwargs": {"data_files": str(Path(file).absolute())},
+            "test_split": "train",  # what a file without named splits is called
+            "validation_split": None,
+            "training_split": None,
+            "fewshot_split": None,
+        }
+        made = aside / f"{len(list(aside.iterdir()))}.yaml"
+        made.write_text(yaml.safe_dump(content), encoding="utf-8")
+        return made
+
 
 def metrics_of(results: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """Task to metric to value; a metric's filter, where it has one, follows after a comma."""
@@ -169,7 +187,7 @@ def metrics_of(results: dict[str, Any]) -> dict[str, dict[str, Any]]:
         task: {
             metric.removesuffix(",none"): value
             for metric, value in metrics.items()
-            if isinstance(value, int | float) and not isinstance(value, bool)
+            if isinstance(value, int | float) and not isinstance(value, bool) and metric != "sample_len"
         }
         | {"problems": results["n-samples"][task]["effective"]}
         for task, metrics in results["results"].items()
