@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Annotated
 
@@ -32,6 +33,12 @@ class RanksConfig:
     def environment(self, *, threads: int) -> dict[str, str]:
         """Variables of the ranks: the defaults, and over them what was given."""
         return environment(threads) | {name: value for name, _, value in (word.partition("=") for word in self.env)}
+
+    def changes(self, environment: Mapping[str, str], *, threads: int) -> dict[str, str]:
+        """Those of :meth:`environment` that are to be set: what is there already stays, unless it was given."""
+        given = {word.partition("=")[0] for word in self.env}
+        wanted = self.environment(threads=threads)
+        return {name: value for name, value in wanted.items() if name in given or name not in environment}
 
 
 def environment(threads: int) -> dict[str, str]:

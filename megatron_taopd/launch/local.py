@@ -29,9 +29,7 @@ def launch(config: LocalConfig, words: Sequence[str]) -> int:
         models=config.ranks.dry_run,  # otherwise the ranks do it, and this process had better stay small
     )
     arguments = torchrun_words(config, nproc_per_node, command.words)
-    environment = config.ranks.environment(threads=1)
-    own = {word.partition("=")[0] for word in config.ranks.env}
-    changes = {name: value for name, value in environment.items() if name in own or name not in os.environ}
+    changes = config.ranks.changes(os.environ, threads=1)
     for note in command.notes:
         _say(note)
     line = shlex.join([*(f"{name}={value}" for name, value in changes.items()), "torchrun", *arguments])

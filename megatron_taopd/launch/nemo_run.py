@@ -67,9 +67,7 @@ def _dry_run(experiment: Any, on_slurm: bool) -> int:
 
 
 def _local_executor(run: Any, config: NemoRunConfig) -> Any:
-    variables = config.ranks.environment(threads=1)
-    own = {word.partition("=")[0] for word in config.ranks.env}
-    variables = {name: value for name, value in variables.items() if name in own or name not in os.environ}
+    variables = config.ranks.changes(os.environ, threads=1)
     # nemo-run starts `torchrun` by name: the one of this Python is meant.
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
     if shutil.which("torchrun", path=path) is None:
