@@ -37,14 +37,14 @@ from megatron_taopd.cli import run
 
 @dataclass(frozen=True)
 class Sizes:
-    """How large everything is."""
+    """How large everything is. The steps of base and students are the most; they end when they know enough."""
 
     num_terms: int = 33
     batch_size: int = 16
     teacher_size: int = 64
     teacher_steps: int = 450
     student_size: int = 48
-    base_steps: int = 150
+    base_steps: int = 600
     student_steps: int = 500
     lr: float = 5e-3
     num_train: int = 1000
@@ -124,10 +124,17 @@ def write_teacher(path: Path, sizes: Sizes) -> None:
 
 
 def write_base(path: Path, sizes: Sizes) -> None:
-    """Fine-tune from random weights on everything but the totals."""
+    """Fine-tune from random weights on everything but the totals, until terms are copied."""
     model = make_model(hidden_size=sizes.student_size, num_layers=2, num_heads=4, seed=BASE)
-    fine_tune(model, workings(BASE, sizes, CALCULATED), steps=sizes.base_steps, lr=sizes.lr, warmup=50)
-    tell("base", model, sizes)
+    steps = fine_tune(
+        model,
+        workings(BASE, sizes, CALCULATED),
+        steps=sizes.base_steps,
+        lr=sizes.lr,
+        warmup=50,
+        until=lambda: accuracy_by_kind(model, problems(STOP, sizes.num_terms), 20)["term"] >= 0.995,
+    )
+    tell(f"base after {steps} steps", model, sizes)
     save(model, path)
 
 

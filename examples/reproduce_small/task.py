@@ -3,7 +3,7 @@
 It is `chain_sum` of reasoning-gym with four possible terms and modulo 100. The response repeats each term and writes
 the running total behind it; the last one is the result:
 
-    prompt      47 ; then -83 ; then +35 ; =          (three tokens a term)
+    prompt      then -83 ; then +35 ; from 47         (three tokens a term)
     response    then -83 64 then +35 99               (three tokens a term)
 
 Every number is one token, as two-digit numbers are in many tokenizers: among 109 tokens, sixteen candidates are few.
@@ -35,7 +35,7 @@ class Problem:
     @property
     def prompt(self) -> str:
         """What is asked."""
-        return " ; ".join([str(self.start), *(f"then {term:+d}" for term in self.terms), "="])
+        return " ; ".join([*(f"then {term:+d}" for term in self.terms), f"from {self.start}"])
 
     @property
     def answer(self) -> str:
@@ -87,7 +87,7 @@ def score(response: str, answer: str) -> float:
 
 def vocabulary() -> list[str]:
     """All tokens in the order of their ids."""
-    return [PAD, EOS, "then", ";", "=", *(f"{term:+d}" for term in TERMS), *map(str, range(MODULUS))]
+    return [PAD, EOS, "then", ";", "from", *(f"{term:+d}" for term in TERMS), *map(str, range(MODULUS))]
 
 
 def save_tokenizer(path: Path) -> None:
