@@ -44,8 +44,10 @@ def bootstrap_interval(
         return None
     size = len(values)
     generator = numpy.random.default_rng(seed)
-    counts_DN = generator.multinomial(size, [1 / size] * size, size=draws)
-    means_D = counts_DN @ numpy.asarray(values, dtype=numpy.float64) / size
+    # Problems with the same value are drawn together: there are no more values than samples of a problem, and one.
+    distinct_U, counts_U = numpy.unique(numpy.asarray(values, dtype=numpy.float64), return_counts=True)
+    counts_DU = generator.multinomial(size, counts_U / size, size=draws)
+    means_D = counts_DU @ distinct_U / size
     tail = (1 - level) / 2
     low, high = numpy.quantile(means_D, [tail, 1 - tail])
     return float(low), float(high)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from megatron_taopd.registry import resolve
 
 _PHRASE = re.compile(r"\banswer\b(?:\s+is|\s*[:=])[\s:*]*(?P<answer>\S[^\n]*)", re.IGNORECASE)
-_NUMBER = re.compile(r"(?<![\w.,])[-+]?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?![\w])|[-+]?\.\d+")
+_NUMBER = re.compile(r"(?<![\w.,])[-+]?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?!\w)|(?<![\w.])[-+]?\.\d+(?!\w)")
 
 
 @dataclass(frozen=True)

@@ -204,7 +204,7 @@ def json_object(name: str, text: Any) -> dict[str, Any]:
     except (json.JSONDecodeError, TypeError) as error:
         raise ConfigError(f"{_flag(name)} {text!r} is not JSON: {error}") from error
     if not isinstance(value, dict):
-        raise ConfigError(f"{_flag(name)} {text!r} must be a JSON object such as '{{\"max_terms\": 2}}'")
+        raise ConfigError(f"{_flag(name)} {text!r} must be a JSON object such as '{{\"key\": 2}}'")
     return value
 
 

@@ -120,13 +120,13 @@ def score_choice(answer: str, problem: Problem) -> float:
 def score_math(answer: str, problem: Problem) -> float:
     """1 for an equal expression, as math-verify judges it.
 
-    An answer is read as LaTeX if it looks like that or has no words; otherwise math-verify looks for the expression in
+    An answer is read as LaTeX if it looks like that or is no sentence; otherwise math-verify looks for the expression in
     it.
     """
     if _squeezed(answer) == _squeezed(problem.gold):
         return 1.0
     parse, verify = _math_verify()
-    prose = re.search(r"[A-Za-z]{2,}", answer) and "\\" not in answer
+    prose = " " in answer and re.search(r"[A-Za-z]{2,}", answer) and "\\" not in answer
     return float(verify(parse(_as_latex(problem.gold)), parse(answer if prose else _as_latex(answer))))
 
 
