@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import math
 import os
 import random
 import shutil
@@ -40,7 +41,9 @@ class Attempt:
     """One kill and what came of it."""
 
     moment: float
-    """Seconds after the start."""
+    """Steps after the start: 3.4 is two fifths of a step's time after the third; below 0 the ranks are starting."""
+    seconds: float
+    """After the start."""
     victim: str
     in_background: bool
     steps_done: int
@@ -83,6 +86,13 @@ def steps_done(out: Path) -> int:
     return path.read_text().count("\n") if path.exists() else 0
 
 
+def step_time(out: Path) -> float:
+    """Seconds of the last step and of what followed it, roughly."""
+    path = out / "metrics.jsonl"
+    lines = path.read_text().splitlines() if path.exists() else []
+    return 1.5 * json.loads(lines[-1])["time_step"] if lines else 1.0
+
+
 def family(process: subprocess.Popen) -> list[psutil.Process]:
     try:
         return [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
@@ -110,16 +120,19 @@ def weights(out: Path) -> str:
     return hashlib.sha256((out / "hf" / "model.safetensors").read_bytes()).hexdigest()
 
 
-def attempt(root: Path, straight: Path, out: Path, *, moment: float, victim: str, in_background: bool) -> Attempt:
+def attempt(
+    root: Path, straight: Path, out: Path, *, moment: float, start_time: float, victim: str, in_background: bool
+) -> Attempt:
     out.mkdir()
     process = start(root, out, out / "log.txt", in_background=in_background)
-    began = time.monotonic()
-    while time.monotonic() - began < moment and process.poll() is None:
-        time.sleep(0.01)
+    began_first = time.monotonic()
+    while steps_done(out) < math.floor(moment) and process.poll() is None:
+        time.sleep(0.002)
+    time.sleep((moment % 1) * (step_time(out) if moment >= 0 else start_time))
+    assert process.poll() is None, "it was over before it was killed"
     ranks = family(process)
     killed = time.monotonic()
-    if process.poll() is None:
-        kill(process, victim)
+    kill(process, victim)
     status = process.wait()
     psutil.wait_procs(ranks, timeout=120)
     noticed = time.monotonic() - killed
@@ -135,6 +148,7 @@ def attempt(root: Path, straight: Path, out: Path, *, moment: float, victim: str
     same = process.wait() == 0 and numbers(out) == numbers(straight) and weights(out) == weights(straight)
     return Attempt(
         moment=moment,
+        seconds=killed - began_first,
         victim=victim,
         in_background=in_background,
         steps_done=done,
@@ -148,15 +162,15 @@ def attempt(root: Path, straight: Path, out: Path, *, moment: float, victim: str
 
 def table(attempts: Sequence[Attempt]) -> str:
     lines = [
-        "| killed after | what | saving | steps done | newest checkpoint | all ended after | status | next step after "
-        "| same numbers and weights |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| at step | after | killed | saving | steps done | newest checkpoint | all ended after | status | next step "
+        "after | same numbers and weights |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for one in attempts:
         saving = "background" if one.in_background else "foreground"
         lines.append(
-            f"| {one.moment:.1f} s | {one.victim} | {saving} | {one.steps_done} | {one.saved} | {one.noticed:.1f} s "
-            f"| {one.status} | {one.recovered:.1f} s | {'yes' if one.same else '**no**'} |"
+            f"| {one.moment:.2f} | {one.seconds:.1f} s | {one.victim} | {saving} | {one.steps_done} | {one.saved} "
+            f"| {one.noticed:.1f} s | {one.status} | {one.recovered:.1f} s | {'yes' if one.same else '**no**'} |"
         )
     return "\n".join(lines)
 
@@ -184,7 +198,8 @@ def main() -> int:
     draw, attempts = random.Random(options.seed), []
     for index in range(options.moments):
         # Nine in ten while it trains, the others while it starts.
-        earliest, latest = (first_step, duration) if index % 10 else (0.5, first_step)
+        steps = index % 10 * ITERATIONS / 10
+        earliest, latest = (max(steps - ITERATIONS / 10, 1.0), steps) if index % 10 else (-1.0, 0.0)
         out = root / f"moment_{index:02d}"
         attempts.append(
             attempt(
@@ -192,6 +207,7 @@ def main() -> int:
                 straight,
                 out,
                 moment=draw.uniform(earliest, latest),
+                start_time=first_step,
                 victim=VICTIMS[index % len(VICTIMS)],
                 in_background=index // len(VICTIMS) % 2 == 1,
             )
