@@ -1,4 +1,4 @@
-"""``taopd suite run | table``."""
+"""``taopd suite run | table | list``."""
 
 from __future__ import annotations
 
@@ -10,13 +10,10 @@ from typing import Any
 
 from megatron_taopd.cli import parse
 from megatron_taopd.errors import ConfigError
-from megatron_taopd.exit_status import FINISHED, RUN_AGAIN
+from megatron_taopd.exit_status import FAILED, FINISHED, RUN_AGAIN
 
 SUITE_COPY = "suite.yaml"
 """The suite file as the last start had it; with the records, all that a table needs."""
-
-FAILED = 1
-"""Exit status after runs of which one failed; its record says why."""
 
 
 @dataclass(kw_only=True)
@@ -37,6 +34,16 @@ class SuiteTableConfig:
 
     out: str
     """Directory of the suite."""
+
+
+@dataclass(kw_only=True)
+class SuiteListConfig:
+    """The runs of a suite, and how each stands; nothing is made."""
+
+    suite: str
+    """Suite file (YAML)."""
+    out: str
+    """Directory of the suite, there or not."""
 
 
 def suite(words: Sequence[str]) -> int:
@@ -115,7 +122,23 @@ def table_of(config: SuiteTableConfig) -> int:
     return 0
 
 
+def list_runs(config: SuiteListConfig) -> int:
+    """Print a line a run and their number."""
+    from megatron_taopd.suite.config import read_suite
+    from megatron_taopd.suite.plan import Plan
+    from megatron_taopd.suite.states import run_states
+
+    plan = Plan(read_suite(config.suite), config.out)
+    states = list(run_states(plan))
+    for name, state in states:
+        print(f"{state:<9} {name}")
+    counts = {state: sum(1 for _, other in states if other == state) for state in dict.fromkeys(s for _, s in states)}
+    print(f"> {len(states)} runs: {', '.join(f'{count} {state}' for state, count in counts.items())}", flush=True)
+    return FINISHED
+
+
 ACTIONS: dict[str, tuple[type, Callable[[Any], int], str]] = {
     "run": (SuiteRunConfig, run_suite, "make the runs that are not finished, then the table"),
+    "list": (SuiteListConfig, list_runs, "the runs of a suite and how each stands"),
     "table": (SuiteTableConfig, table_of, "the table of the runs that are finished, from their records"),
 }

@@ -78,18 +78,22 @@ def _notes(table: dict[str, Any]) -> list[str]:
         notes.append(f"{runs['finished']} runs finished, {runs['failed']} failed, {runs['missing']} are not made yet.")
     for row in table["rows"]:
         if row["failed"]:
-            name = row["method"] if row["budget"] is None else f"{row['method']} at {100 * row['budget']:g} %"
-            notes.append(f"{name}: failed with the seeds {', '.join(map(str, row['failed']))}.")
-    for cell in (table["sweep"] or {"cells": []})["cells"]:
-        name = cell["method"] if cell["budget"] is None else f"{cell['method']} at {100 * cell['budget']:g} %"
+            notes.append(f"{_name(row)}: failed with the seeds {', '.join(map(str, row['failed']))}.")
+    cells = [] if table["sweep"] is None else table["sweep"]["cells"]
+    for cell in cells:
         if cell["chosen"] is None:
-            notes.append(f"{name}: no learning rate of the sweep finished; there is nothing to report.")
-        elif cell["at_edge"]:
-            notes.append(
-                f"{name}: the best learning rate, {cell['chosen']:g}, is at the end of those tried; a better one may "
-                "lie beyond."
-            )
+            notes.append(f"{_name(cell)}: no learning rate of the sweep finished; there is nothing to report.")
+    at_edge = [f"{_name(cell)} ({cell['chosen']:g})" for cell in cells if cell["at_edge"]]
+    if at_edge:
+        notes.append(
+            "The best learning rate is the first or last of those tried, so that a better one may lie beyond: "
+            f"{', '.join(at_edge)}."
+        )
     return [line for note in notes for line in (note, "")][:-1]
+
+
+def _name(cell: dict[str, Any]) -> str:
+    return cell["method"] if cell["budget"] is None else f"{cell['method']} at {100 * cell['budget']:g} %"
 
 
 def _title(name: str, measure: dict[str, Any]) -> str:

@@ -120,7 +120,12 @@ def test_other_settings_of_a_finished_run_are_refused(straight: Path, home: Path
 
 @pytest.mark.parametrize("save_interval", [1, None])
 def test_interrupted_and_resumed_is_the_same_table(
-    save_interval: int | None, straight: Path, home: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    save_interval: int | None,
+    straight: Path,
+    home: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
 ) -> None:
     """SIGTERM in the second step of the second run: it goes on from its checkpoint, or is made anew."""
     from megatron_taopd.training.hooks.metrics_file import MetricsFileHook
@@ -139,7 +144,11 @@ def test_interrupted_and_resumed_is_the_same_table(
     with monkeypatch.context() as patch:
         patch.setattr(MetricsFileHook, "on_step", interrupt)
         assert run_suite(suite, tmp_path / "out") == RUN_AGAIN
-    assert len(list(tmp_path.rglob("record.json"))) == 1
+    capsys.readouterr()
+    assert cli.run(["suite", "list", f"--suite={suite}", f"--out={tmp_path / 'out'}"]) == 0
+    states = capsys.readouterr().out
+    assert "begun     teachability/budget-0.3/lr-0.01/seed-1\n" in states
+    assert "> 6 runs: 1 finished, 1 begun, 4 to do" in states
     assert not list(tmp_path.rglob("claim.*"))
     assert run_suite(suite, tmp_path / "out") == 0
     run = tmp_path / "out/runs/teachability/budget-0.3/lr-0.01/seed-1"

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import runpy
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from megatron_taopd import cli
 from megatron_taopd.errors import ConfigError, TaopdError
 from megatron_taopd.suite.config import read_suite
 from megatron_taopd.suite.plan import Plan, Run
 from megatron_taopd.suite.records import check_same
+from tests.conftest import ROOT
 from tests.suite.cases import write_suite
 
 
@@ -133,6 +136,23 @@ def test_every_run_has_its_settings(home: Path) -> None:
     assert plan.sets_of(Run(plan.cells[0], 1.0, 3)) == ["validation"]
     assert plan.sets_of(Run(plan.cells[0], 1.0, 1)) == ["held_out"]
     assert plan.sets_of(untrained) == ["held_out"]
+
+
+@pytest.mark.parametrize("name, runs", [("quick", 9 * 3 + 10 * 3), ("qwen3", 51 * 3 + 52 * 3)])
+def test_examples_are_accepted(name: str, runs: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Rates x sweep seeds of what trains, and all rows x seeds; a method at each of five budgets, but for `full`."""
+    suite = ROOT / f"examples/suite/{name}.yaml"
+    plan = Plan(read_suite(suite), tmp_path)
+    for cell in {cell.method.name: cell for cell in plan.cells}.values():
+        plan.cell_config(cell)
+    assert cli.run(["suite", "list", f"--suite={suite}", f"--out={tmp_path}"]) == 0
+    assert f"> {runs} runs: {runs} to do" in capsys.readouterr().out
+
+
+def test_the_quick_example_finds_what_its_script_makes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    runpy.run_path(str(ROOT / "examples/suite/prepare.py"), run_name="__main__")
+    Plan(read_suite(ROOT / "examples/suite/quick.yaml"), "out").check()
 
 
 def test_a_finished_run_of_other_settings_is_an_error_that_names_them(home: Path) -> None:
