@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import math
 import os
@@ -224,7 +225,7 @@ def share(suite: str, out: str) -> int:
 
 def warm_up() -> None:
     """Import what runs need, so that two processes begin together."""
-    import megatron_taopd.suite.runner  # noqa: F401
+    importlib.import_module("megatron_taopd.suite.runner")
 
 
 def test_two_processes_share_a_sweep_and_its_runs(
