@@ -36,6 +36,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "megatron_taopd.commands.diagnose:diagnose",
         "where did a checkpoint close the gap to its teacher? On frozen contexts",
     ),
+    "plan": ("megatron_taopd.commands.plan:plan", "does it fit on these GPUs, and how long does a step take at least?"),
     "doctor": ("megatron_taopd.commands.doctor:doctor", "what this machine has, and what will be used"),
 }
 
