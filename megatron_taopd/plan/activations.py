@@ -18,14 +18,14 @@ def activation_bytes(
     *,
     stage: int,
     tokens: int,
-    in_flight: int,
+    in_flight: float,
     size: int,
 ) -> int:
     """Bytes kept by the micro-batches that are between forward and backward on a stage.
 
     Args:
         tokens: of a micro-batch, over all context-parallel ranks.
-        in_flight: micro-batches between forward and backward.
+        in_flight: micro-batches (with virtual stages in parts) between forward and backward.
         size: bytes of an activation.
     """
     layers = stage_layers(hf, parallel, stage)
@@ -37,10 +37,10 @@ def activation_bytes(
             pieces = -(-len(full) // group)
             # While a piece runs again, everything of its layers is there.
             kept = pieces * border * in_flight
-            return kept + sum(sorted(full)[-group:])
-        return border * min(group, len(full)) * in_flight + sum(full[group:]) * in_flight + max(full)
+            return round(kept) + sum(sorted(full)[-group:])
+        return round((border * min(group, len(full)) + sum(full[group:])) * in_flight) + max(full)
     last = stage == parallel.pipeline_model_parallel_size - 1
-    return (sum(full) + (2 * border if last else 0)) * in_flight
+    return round((sum(full) + (2 * border if last else 0)) * in_flight)
 
 
 def hidden_bytes(hf: HFModelConfig, parallel: ParallelConfig, *, tokens: int, size: int) -> int:

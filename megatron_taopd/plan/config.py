@@ -85,6 +85,8 @@ class PlanConfig:
                 raise ConfigError(f"--{name.replace('_', '-')} {value} must be positive")
         if not 0 <= self.reserve_gib < self.hardware.memory_gib:
             raise ConfigError(f"--reserve-gib {self.reserve_gib} must be in [0, {self.hardware.memory_gib:g})")
+        if self.recompute.recompute_granularity == "selective":
+            raise ConfigError("the plan knows nothing of selective recomputation; use full, or drop the flag")
         if self.teacher_dtype == "fp8" and self.hardware.fp8_tflops is None:
             raise ConfigError(f"--teacher-dtype fp8: the {self.gpu} has no FP8 units; use bf16")
         if self.propose and (self.parallel != ParallelConfig() or self.teacher_parallel != TeacherParallelConfig()):

@@ -132,7 +132,7 @@ def stage_memory(config: PlanConfig, student: HFModelConfig, teacher: HFModelCon
             config.recompute,
             stage=stage,
             tokens=config.micro_batch_size * config.length,
-            in_flight=min(micro_batches, stages - stage),
+            in_flight=_in_flight(parallel, stage, micro_batches),
             size=size,
         ),
         working=max(
@@ -144,6 +144,16 @@ def stage_memory(config: PlanConfig, student: HFModelConfig, teacher: HFModelCon
         kv_cache=2 * cached * kv_heads * student.head_dim * size * len(stage_layers(student, parallel, stage)),
         logits_not_held=2 * rows * (padded // tensor) * 4 if last else 0,
     )
+
+
+def _in_flight(parallel: ParallelConfig, stage: int, micro_batches: int) -> float:
+    """Micro-batches between forward and backward on a stage, in parts where it holds several virtual stages."""
+    stages, virtual = parallel.pipeline_model_parallel_size, parallel.num_virtual_stages_per_pipeline_rank
+    if virtual is None:
+        return min(micro_batches, stages - stage)
+    # Megatron's interleaved schedule counts one virtual stage of one micro-batch each.
+    warm_up = 2 * (stages - stage - 1) + (virtual - 1) * stages
+    return min(micro_batches * virtual, warm_up + 1) / virtual
 
 
 def _teacher_bytes(

@@ -22,6 +22,8 @@ class Plan:
     """What a layout takes."""
 
     config: PlanConfig
+    student: HFModelConfig
+    teacher: HFModelConfig
     stages: list[Memory]
     """Memory of the ranks of each stage."""
     traffic: list[Traffic]
@@ -84,6 +86,8 @@ def make_plan(config: PlanConfig, student: HFModelConfig, teacher: HFModelConfig
     traffic = step_traffic(config, student, teacher)
     return Plan(
         config=config,
+        student=student,
+        teacher=teacher,
         stages=[
             stage_memory(config, student, teacher, stage=stage)
             for stage in range(parallel.pipeline_model_parallel_size)
@@ -127,30 +131,38 @@ def _candidates(config: PlanConfig, *, mixtures: bool) -> Iterator[PlanConfig]:
 
 
 def advice(plan: Plan) -> str:
-    """What would make a plan fit that does not: the largest parts of its fullest phase, and what shrinks them."""
-    fullest = max(plan.stages, key=lambda memory: memory.peak)
+    """What would make a plan fit that does not: each flag is tried alone, then all that help together."""
     config = plan.config
-    helps = {
-        "optimizer": (fullest.optimizer, "--use-distributed-optimizer", not config.use_distributed_optimizer),
-        "teacher": (fullest.teacher_in_training, "--offload-teacher", not config.offload_teacher),
-        "teacher's weights": (
-            fullest.teacher,
-            "--teacher-dtype bf16",
-            config.teacher_dtype is None and not config.bf16,
-        ),
-        "hidden states": (fullest.teacher_hidden, "--offload-teacher-hidden", not config.offload_teacher_hidden),
-        "weights": (fullest.parameters, "--bf16", not config.bf16),
-        "keys and values": (fullest.kv_cache, "a lower --rollout-batch-size", config.rollout_batch_size > 1),
-        "activations": (
-            fullest.activations,
-            "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1",
-            config.recompute.recompute_granularity is None,
-        ),
+    full = RecomputeConfig(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1)
+    changes: dict[str, dict[str, Any]] = {
+        "--bf16": {"bf16": True},
+        "--use-distributed-optimizer": {"use_distributed_optimizer": True},
+        "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1": {"recompute": full},
+        "--offload-teacher": {"offload_teacher": True},
+        "--offload-teacher-hidden": {"offload_teacher_hidden": True},
+        f"--rollout-batch-size {max(1, config.rollout_batch_size // 4)}": {
+            "rollout_batch_size": max(1, config.rollout_batch_size // 4)
+        },
     }
-    useful = sorted(
-        ((num, what, flag) for what, (num, flag, possible) in helps.items() if possible and num > 0), reverse=True
+
+    def peak_with(change: dict[str, Any]) -> int:
+        return make_plan(replace(config, **change), plan.student, plan.teacher).peak
+
+    saved = {flag: plan.peak - peak_with(change) for flag, change in changes.items()}
+    # A flag may help only after another has shrunk the fullest phase.
+    together: dict[str, Any] = {}
+    needed: list[str] = []
+    for flag in sorted(changes, key=lambda flag: -saved[flag]):
+        together |= changes[flag]
+        needed.append(flag)
+        if peak_with(together) <= plan.room:
+            break
+    rest = (peak_with(together) - plan.room) / GIB
+    alone = "; ".join(f"{flag} saves {saved[flag] / GIB:.1f} GiB" for flag in needed if saved[flag] > 0)
+    outcome = (
+        f"it fits with {' '.join(needed)}"
+        if rest <= 0
+        else f"with all of these {rest:.1f} GiB are still missing: more GPUs (larger TP, PP or EP), "
+        "shorter responses, or GPUs of more memory"
     )
-    missing = (plan.peak - plan.room) / GIB
-    told = "; ".join(f"{flag} ({what}: {num / GIB:.1f} GiB)" for num, what, flag in useful[:3])
-    more = f"try {told}, or " if told else ""
-    return f"{missing:.1f} GiB too much: {more}more GPUs (larger TP, PP or EP), shorter responses, GPUs of more memory"
+    return f"{(plan.peak - plan.room) / GIB:.1f} GiB too much" + (f"; {alone}" if alone else "") + f"; {outcome}"
