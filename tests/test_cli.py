@@ -14,6 +14,7 @@ import yaml
 from megatron_taopd import cli
 from megatron_taopd.config import RolloutCommandConfig, ScoreConfig, TrainConfig
 from megatron_taopd.config_file import flag_fields, flat_values
+from megatron_taopd.evaluation.config import EvalConfig
 
 # The flags that DESIGN's command-line contract fixes.
 CONTRACT = """
@@ -31,7 +32,7 @@ def test_contract_flags_exist() -> None:
     assert set(CONTRACT) <= flags
 
 
-@pytest.mark.parametrize("config_type", [TrainConfig, ScoreConfig, RolloutCommandConfig])
+@pytest.mark.parametrize("config_type", [TrainConfig, ScoreConfig, RolloutCommandConfig, EvalConfig])
 def test_every_flag_is_explained(config_type: type, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         cli.parse(config_type, ["--help"], name="x")

@@ -9,45 +9,24 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 import yaml
-from safetensors.torch import load_file, save_file
 
+from megatron_taopd.data.records import read_rollouts
 from megatron_taopd.testing import WorkerPool
 from megatron_taopd.testing.tiny_models import save_tiny_hf_model
 from tests.data.tokenizers_for_tests import SPECIAL, TEMPLATE, save_word_tokenizer
 from tests.evaluation import model_cases as cases
+from tests.evaluation.certain import NUMBER, save_certain_model
 
 Pool = Callable[[int], WorkerPool]
 EOS = SPECIAL.index("<eos>")
-NUMBER = 9
-VOCAB = 256  # no padding, hence no rows of zeros that a changed head could prefer
 SUMS = "reasoning_gym:chain_sum"
 
 
 @pytest.fixture(scope="module")
 def certain(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model that says a word's answer after the word: q3 → a3 → end, by its embedding and head alone."""
-    path = tmp_path_factory.mktemp("certain")
-    words = [f"{kind}{i}" for i in range(NUMBER) for kind in "qa"]
-    words += [f"w{i}" for i in range(VOCAB - len(SPECIAL) - len(words))]
-    save_tiny_hf_model(path, "llama", vocab_size=VOCAB, num_layers=1)
-    save_word_tokenizer(path, words)
-    weights = load_file(path / "model.safetensors")
-    for name in weights:
-        if name.endswith(("o_proj.weight", "down_proj.weight")):
-            weights[name] = weights[name] * 1e-5  # a layer adds nothing to speak of
-        elif name.endswith("norm.weight"):
-            weights[name] = torch.ones_like(weights[name])
-    embedding = weights["model.embed_tokens.weight"]
-    head = torch.zeros_like(embedding)
-    for i in range(NUMBER):
-        question, answer = (len(SPECIAL) + words.index(f"{kind}{i}") for kind in "qa")
-        head[answer] = embedding[question]
-        head[EOS] += embedding[answer]
-    weights["lm_head.weight"] = head
-    save_file(weights, path / "model.safetensors", metadata={"format": "pt"})
-    return path
+    """A model that answers q3 with a3."""
+    return save_certain_model(tmp_path_factory.mktemp("certain"))
 
 
 @pytest.fixture(scope="module")
@@ -125,6 +104,8 @@ def test_layouts_give_the_same(random_model: Path, pool: Pool, tmp_path: Path) -
             assert ours.pop("response_logprobs") == pytest.approx(theirs["response_logprobs"], abs=1e-4)
             assert ours == {key: value for key, value in theirs.items() if key != "response_logprobs"}
 
+    rollouts = read_rollouts(tmp_path / "TP1/responses.jsonl", vocab_size=509, max_response_length=12)
+    assert [r.response_tokens for r in rollouts] == [line["response_tokens"] for line in lines]
     halves, sums = results["tasks"]["halves"], results["tasks"]["sums"]
     assert halves["pass@1"] == 3 / 5 and halves["samples"] == 1
     of_sums = [line for line in lines if line["task"] == "sums"]

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +12,6 @@ from megatron_taopd import cli
 from megatron_taopd.errors import ConfigError, DataError
 from megatron_taopd.evaluation.options import TaskOptions
 from megatron_taopd.evaluation.tasks import load_tasks
-
-
-@pytest.fixture(autouse=True)
-def _logging_as_it_was() -> Iterator[None]:
-    logger = logging.getLogger("megatron_taopd")
-    before = logger.handlers[:], logger.level, logger.propagate
-    yield
-    logger.handlers[:], logger.level, logger.propagate = before
 
 
 def write(path: Path, lines: list[dict[str, Any]]) -> str:
