@@ -120,8 +120,8 @@ def score_choice(answer: str, problem: Problem) -> float:
 def score_math(answer: str, problem: Problem) -> float:
     """1 for an equal expression, as math-verify judges it.
 
-    An answer is read as LaTeX if it looks like that or is no sentence; otherwise math-verify looks for the expression in
-    it.
+    An answer is read as LaTeX if it looks like that or is no sentence; otherwise math-verify looks for the expression
+    in it.
     """
     if _squeezed(answer) == _squeezed(problem.gold):
         return 1.0
