@@ -43,9 +43,9 @@ class Sizes:
     batch_size: int = 16
     teacher_size: int = 64
     teacher_steps: int = 450
-    student_size: int = 48
+    student_size: int = 64
     base_steps: int = 600
-    student_steps: int = 500
+    student_steps: int = 800
     lr: float = 5e-3
     num_train: int = 1000
     num_validation: int = 64
@@ -69,7 +69,7 @@ class Regime:
 
 
 REGIMES = {
-    "near": Regime(frozenset(), 0.5),  # it has seen everything, and too little of it
+    "near": Regime(frozenset(), 0.8),  # it has seen everything, and too little of it
     "far": Regime(frozenset({"-"}), 0.95),  # it adds well, and was never told what a subtraction gives
 }
 
