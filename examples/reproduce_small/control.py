@@ -80,7 +80,9 @@ def main() -> None:
     (home / "control" / "choice.json").write_text(json.dumps(choice, indent=1) + "\n", encoding="utf-8")
     print(choice)
     for seed in suite["seeds"]:
-        make(home / "control" / f"student-{seed}", partial(shutil.copytree, directory(best, seed)))
+        chosen = home / "control" / f"student-{seed}"
+        shutil.rmtree(chosen, ignore_errors=True)  # of another choice
+        make(chosen, partial(shutil.copytree, directory(best, seed)))
 
 
 if __name__ == "__main__":
