@@ -15,28 +15,32 @@ import json
 from pathlib import Path
 from typing import Any
 
-NESTED = ("settings", "versions", "files")
 SUITE_FILE = "suite.yaml"
+LEFT_OUT = ("host",)
+"""The machine's name is nobody's business."""
 
 
 def pack(suite: Path, packed: Path) -> int:
-    """Write all records of a suite: a line with what most of them share, then a line a record. Returns their number.
+    """Write all records of a suite: first what all have in common, and columns; then a line a record.
 
-    The machine's name is left out.
+    Returns:
+        How many there are.
     """
     paths = sorted((suite / "runs").rglob("record.json"))
-    records = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
-    common = {key: _commonest([record[key] for record in records]) for key in NESTED}
-    lines: list[dict[str, Any]] = [{"common": common, "suite": (suite / SUITE_FILE).read_text(encoding="utf-8")}]
+    records = [flatten(json.loads(path.read_text(encoding="utf-8"))) for path in paths]
+    columns = sorted({column for record in records for column in record} - set(LEFT_OUT))
+    common = {c: records[0][c] for c in columns if all(c in r and r[c] == records[0][c] for r in records)}
+    columns = [column for column in columns if column not in common]
+    head = {"common": common, "columns": columns, "suite": (suite / SUITE_FILE).read_text(encoding="utf-8")}
+    lines: list[dict[str, Any]] = [head]
     for path, record in zip(paths, records, strict=True):
-        short = {key: value for key, value in record.items() if key != "host"}
-        for key in NESTED:
-            same = common[key]
-            short[key] = {
-                "only": {k: v for k, v in record[key].items() if k not in same or same[k] != v},
-                "without": [k for k in same if k not in record[key]],
+        lines.append(
+            {
+                "run": str(path.parent.relative_to(suite / "runs")),
+                "values": [record.get(column) for column in columns],
+                "absent": [index for index, column in enumerate(columns) if column not in record],
             }
-        lines.append({"run": str(path.parent.relative_to(suite / "runs")), "record": short})
+        )
     packed.parent.mkdir(parents=True, exist_ok=True)
     packed.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
     return len(records)
@@ -44,32 +48,41 @@ def pack(suite: Path, packed: Path) -> int:
 
 def unpack(packed: Path, suite: Path) -> int:
     """Write the records of a packed suite where they were; runs that are there stay. Returns how many were written."""
-    first, *lines = (json.loads(line) for line in packed.read_text(encoding="utf-8").splitlines())
+    head, *lines = (json.loads(line) for line in packed.read_text(encoding="utf-8").splitlines())
     written = 0
     for line in lines:
         path = suite / "runs" / line["run"] / "record.json"
         if path.exists():
             continue
-        record = line["record"]
-        for key in NESTED:
-            shared = {k: v for k, v in first["common"][key].items() if k not in record[key]["without"]}
-            record[key] = {**shared, **record[key]["only"]}
+        absent = set(line["absent"])
+        own = {c: line["values"][i] for i, c in enumerate(head["columns"]) if i not in absent}
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        path.write_text(json.dumps(nest(head["common"] | own), indent=1) + "\n", encoding="utf-8")
         written += 1
     if not (suite / SUITE_FILE).exists():
         suite.mkdir(parents=True, exist_ok=True)
-        (suite / SUITE_FILE).write_text(first["suite"], encoding="utf-8")
+        (suite / SUITE_FILE).write_text(head["suite"], encoding="utf-8")
     return written
 
 
-def _commonest(values: list[dict[str, Any]]) -> dict[str, Any]:
-    """Each key's most frequent value."""
-    common = {}
-    for key in dict.fromkeys(key for value in values for key in value):
-        texts = [json.dumps(value[key]) for value in values if key in value]
-        common[key] = json.loads(max(dict.fromkeys(texts), key=texts.count))
-    return common
+def flatten(record: dict[str, Any], before: str = "") -> dict[str, Any]:
+    """Nested objects as one, with the keys on the way joined; an empty object is a value."""
+    flat: dict[str, Any] = {}
+    for key, value in record.items():
+        flat |= flatten(value, f"{before}{key} > ") if isinstance(value, dict) and value else {f"{before}{key}": value}
+    return flat
+
+
+def nest(flat: dict[str, Any]) -> dict[str, Any]:
+    """What :func:`flatten` was given."""
+    record: dict[str, Any] = {}
+    for name, value in flat.items():
+        *way, last = name.split(" > ")
+        place = record
+        for key in way:
+            place = place.setdefault(key, {})
+        place[last] = value
+    return record
 
 
 def plot(suites: dict[str, Path], out: Path) -> None:
