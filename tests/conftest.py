@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -24,6 +25,15 @@ def _one_thread_and_importable() -> Iterator[None]:
         patch.setenv("OMP_NUM_THREADS", "1")
         patch.syspath_prepend(str(ROOT))
         yield
+
+
+@pytest.fixture(autouse=True)
+def _logging_as_it_was() -> Iterator[None]:
+    """A command that a test runs in this process configures the package's log, and other tests listen to it."""
+    log = logging.getLogger("megatron_taopd")
+    before = log.handlers[:], log.level, log.propagate
+    yield
+    log.handlers[:], log.level, log.propagate = before
 
 
 @pytest.fixture(scope="session")
