@@ -29,11 +29,11 @@ def _one_thread_and_importable() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def _logging_as_it_was() -> Iterator[None]:
-    """A command that a test runs in this process configures the package's log, and other tests listen to it."""
+    """A command that a test or fixture runs in this process configures the package's log; other tests listen to it."""
     log = logging.getLogger("megatron_taopd")
-    before = log.handlers[:], log.level, log.propagate
+    log.handlers[:], log.level, log.propagate = [], logging.NOTSET, True
     yield
-    log.handlers[:], log.level, log.propagate = before
+    log.handlers[:], log.level, log.propagate = [], logging.NOTSET, True
 
 
 @pytest.fixture(scope="session")
