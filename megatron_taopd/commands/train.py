@@ -36,10 +36,13 @@ def run_training(config: TrainConfig, *, further_hooks: Sequence[Hook] = ()) -> 
     Returns:
         False where the run stopped early, as asked, and goes on from its checkpoint.
     """
+    import torch
+
     from megatron_taopd.training.stopping import Stopping
     from megatron_taopd.training.watchdog import Watchdog
 
-    parent = os.getppid()
+    # Ranks end with their torchrun; a process that a shell started outlives it, as with nohup.
+    parent = os.getppid() if torch.distributed.is_torchelastic_launched() else None
     with Stopping(config.checkpoint) as stopping:
         trainer = prepare_training(config, further_hooks=further_hooks, stopping=stopping)
         with Watchdog(60 * config.parallel.distributed_timeout_minutes, parent=parent):

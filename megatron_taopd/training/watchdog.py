@@ -56,10 +56,10 @@ class Watchdog:
 
     Args:
         timeout: seconds of the collectives' time-out.
-        parent: the process that started this one, which ends with it.
+        parent: the process that started this one, which ends with it; None where it may outlive that one.
     """
 
-    def __init__(self, timeout: float, *, parent: int) -> None:
+    def __init__(self, timeout: float, *, parent: int | None) -> None:
         self.parent = parent
         self.limit = SHARE_OF_TIMEOUT * timeout
         self.interval = min(max(self.limit / 50, 0.2), 10.0)
@@ -85,7 +85,7 @@ class Watchdog:
         beats, since = progress.current.beats, time.monotonic()
         while not self.stopped.wait(self.interval):
             self._publish()
-            if os.getppid() != self.parent:
+            if self.parent is not None and os.getppid() != self.parent:
                 # Nobody would end this rank any more, and a run that is started again would meet it in its files.
                 _end(f"taopd: rank {self.rank} ends, as the process that started it is gone", FAILED)
             if progress.current.beats != beats:

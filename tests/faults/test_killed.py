@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import time
 from collections.abc import Callable, Sequence
@@ -13,8 +14,33 @@ from megatron_taopd.checkpoint import read_latest_iteration
 from megatron_taopd.commands.common import ranks
 from megatron_taopd.platform import distributed
 from megatron_taopd.training.hooks.base import Hook
+from megatron_taopd.training.watchdog import Watchdog
 from tests.faults.ranks import Job
 from tests.faults.runs import ITERATIONS, assert_same, lines, make_inputs, words
+
+
+def leave_watched(words: Sequence[str]) -> None:
+    """End at once, and leave a process behind that is watched with this one as the parent to end with, or without."""
+    survived, parent = Path(words[0]), os.getpid() if words[1] == "with parent" else None
+    if os.fork() == 0:
+        with Watchdog(10.0, parent=parent):
+            time.sleep(2)
+        survived.touch()
+    os._exit(0)
+
+
+def test_only_a_process_that_is_to_end_with_its_parent_does(tmp_path: Path) -> None:
+    cases = ("with parent", "without")
+    jobs = [
+        Job(tmp_path / name, [str(tmp_path / name / "survived"), name], ranks=1, run=leave_watched) for name in cases
+    ]
+    assert [job.wait() for job in jobs] == [[0], [0]]
+    deadline = time.monotonic() + 30
+    while not (tmp_path / "without" / "survived").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    assert "the process that started it is gone" in jobs[0].output()
+    assert not (tmp_path / "with parent" / "survived").exists()
 
 
 @pytest.fixture(scope="module")
