@@ -114,7 +114,8 @@ class Watchdog:
         if not reports[self.rank].waits:
             frames = traceback.format_stack(sys._current_frames().get(self.main.ident or 0))
             text += f"\ntaopd: rank {self.rank} is here:\n{''.join(frames)}"
-        _end(text, HUNG)
+        # Ranks that wait for this one shall find the same, not a connection that is gone.
+        _end(text, HUNG, linger=0.0 if reports[self.rank].waits else 3 * self.interval)
 
     def _publish(self) -> None:
         self.tick += 1
@@ -172,10 +173,11 @@ def _where(frame: FrameType | None) -> tuple[bool, str]:
     return waits, "no code of Megatron"
 
 
-def _end(text: str, status: int) -> None:
+def _end(text: str, status: int, linger: float = 0.0) -> None:
     print(text, file=sys.stderr)
     sys.stdout.flush()
     sys.stderr.flush()
+    time.sleep(linger)
     os._exit(status)
 
 
