@@ -17,6 +17,9 @@ import traceback
 from collections.abc import Callable
 from typing import Any
 
+PRELOAD = "megatron_taopd.testing.preload"
+"""Module that the process which ranks are forked from imports."""
+
 _START_TIMEOUT = 300.0
 _CLOSE_TIMEOUT = 5.0
 
@@ -28,9 +31,10 @@ class WorkerError(RuntimeError):
 class WorkerPool:
     """``world_size`` processes with a gloo process group between them, as ``torchrun`` would set them up.
 
-    The processes start with the first :meth:`run` and stay. A call that fails on any rank, or takes longer
-    than ``timeout`` seconds, ends them all (the others may wait in a collective) and the next call starts
-    fresh ones.
+    The processes start with the first :meth:`run` and stay; they are forked from one that has imported this package
+    and what it stands on, with the environment of the first pool's start. A call that fails on any rank, or takes
+    longer than ``timeout`` seconds, ends them all (the others may wait in a collective) and the next call starts fresh
+    ones.
     """
 
     def __init__(self, world_size: int, timeout: float = 300.0) -> None:
@@ -86,17 +90,18 @@ class WorkerPool:
         import torch
 
         atexit.register(self._kill)  # the interpreter would wait for the ranks of a pool left open
-        context = multiprocessing.get_context("spawn")
+        context: Any = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload([PRELOAD])
         # The store lives here, on a port that it took itself: no other pool can have taken it in between.
         self._store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         port = _free_port()
-        # A spawned interpreter imports this package (and torch) before any code of ours could set this.
+        # torch reads this when it is imported, before any code of ours could set it.
         previous = os.environ.get("OMP_NUM_THREADS")
         os.environ["OMP_NUM_THREADS"] = "1"
         try:
             for rank in range(self.world_size):
                 ours, theirs = context.Pipe()
-                arguments = (theirs, rank, self.world_size, self._store.port, port, self.timeout, os.getpid())
+                arguments = (theirs, rank, self.world_size, self._store.port, port, self.timeout)
                 process = context.Process(target=_serve, args=arguments)
                 process.start()
                 theirs.close()
@@ -162,10 +167,10 @@ def _free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def _serve(pipe: Any, rank: int, world_size: int, store_port: int, port: int, timeout: float, caller: int) -> None:
+def _serve(pipe: Any, rank: int, world_size: int, store_port: int, port: int, timeout: float) -> None:
     """Body of a rank: set up the process group, then answer calls until told to stop."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the caller, which ends the ranks
-    threading.Thread(target=_end_with_caller, args=(caller,), daemon=True).start()
+    threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
     os.environ.update(
         RANK=str(rank),
         LOCAL_RANK=str(rank),
@@ -193,9 +198,9 @@ def _serve(pipe: Any, rank: int, world_size: int, store_port: int, port: int, ti
     os._exit(0)  # a peer may be gone already, and taking groups down in order would wait for it
 
 
-def _end_with_caller(caller: int) -> None:
-    """A rank that waits in a collective would outlive a caller that was killed, perhaps while the rank was starting."""
-    while os.getppid() == caller:
+def _end_with_parent(parent: int) -> None:
+    """A rank that waits in a collective would outlive a caller that was killed; what it is forked from does not."""
+    while os.getppid() == parent:
         time.sleep(1.0)
     os._exit(1)
 

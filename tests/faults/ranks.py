@@ -13,17 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_taopd import cli
-
-PRELOADED = [
-    "megatron_taopd.commands.train",
-    "megatron_taopd.training.loop",
-    "megatron_taopd.training.pair",
-    "megatron_taopd.training.resume",
-    "megatron_taopd.training.optimizer",
-    "megatron_taopd.training.hooks.checkpoint",
-    "megatron_taopd.training.watchdog",
-    "tests.faults.ranks",
-]
+from megatron_taopd.testing.pool import PRELOAD
 
 
 class Job:
@@ -32,7 +22,7 @@ class Job:
     def __init__(self, logs: Path, words: Sequence[str], *, ranks: int = 2, run: Callable[..., Any] = cli.main) -> None:
         logs.mkdir(parents=True, exist_ok=True)
         context: Any = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(PRELOADED)
+        context.set_forkserver_preload([PRELOAD])
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
