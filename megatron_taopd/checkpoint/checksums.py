@@ -2,27 +2,17 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
 
 from megatron_taopd.errors import DamagedCheckpointError
+from megatron_taopd.files import sha256_of_file
 
 SUMS = "SHA256SUMS"
 
 _LINE = re.compile(r"([0-9a-f]{64}) [ *](.+)")
-_PIECE = 16 * 2**20
-
-
-def digest(path: Path) -> str:
-    """SHA-256 of a file, in hexadecimal."""
-    sha = hashlib.sha256()
-    with open(path, "rb", buffering=0) as stream:
-        while piece := stream.read(_PIECE):
-            sha.update(piece)
-    return sha.hexdigest()
 
 
 def write_sums(directory: Path, digests: Mapping[str, str]) -> None:
@@ -56,7 +46,7 @@ def find_damage(directory: Path, sums: Mapping[str, str], *, share: int, shares:
     """Read every ``shares``-th file, from the ``share``-th on; what is wrong with one of them, or None."""
     for name in sorted(sums)[share::shares]:
         try:
-            found = digest(directory / name)
+            found = sha256_of_file(directory / name)
         except OSError as error:
             return f"{name} cannot be read: {error.strerror}"
         if found != sums[name]:

@@ -1,37 +1,23 @@
-"""An error that one rank meets is raised by all of them, so that nobody waits in a collective."""
+"""Files of a checkpoint that rank 0 reads or writes for all."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import TypeVar
 
-import torch.distributed as dist
-
-from megatron_taopd.errors import CheckpointError, TaopdError
+from megatron_taopd.errors import CheckpointError
+from megatron_taopd.platform.together import from_rank_zero
 
 Result = TypeVar("Result")
 
 
-def raise_together(message: str | None, kind: type[TaopdError] = CheckpointError) -> None:
-    """Raise an error on every rank if any rank brings a message. Collective."""
-    messages: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(messages, message)
-    for found in messages:
-        if found is not None:
-            raise kind(found)
-
-
 def on_rank_zero(action: Callable[[], Result]) -> Result:
-    """What ``action`` answers on rank 0, on every rank; file and user errors are raised on every rank. Collective."""
-    outcome: list[Any] = [None]
-    if dist.get_rank() == 0:
+    """:func:`from_rank_zero`, with the system's error about a file as a CheckpointError. Collective."""
+
+    def attempt() -> Result:
         try:
-            outcome[0] = action()
-        except CheckpointError as error:
-            outcome[0] = error
+            return action()
         except OSError as error:
-            outcome[0] = CheckpointError(f"cannot write or read the checkpoint: {error}")
-    dist.broadcast_object_list(outcome, src=0)
-    if isinstance(outcome[0], CheckpointError):
-        raise outcome[0]
-    return outcome[0]
+            raise CheckpointError(f"cannot write or read the checkpoint: {error}") from error
+
+    return from_rank_zero(attempt)

@@ -17,10 +17,11 @@ from megatron.core.utils import make_tp_sharded_tensor_for_checkpoint
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_taopd.checkpoint import checksums, integrity, model_state, optimizer_state
-from megatron_taopd.checkpoint.collective import on_rank_zero, raise_together
+from megatron_taopd.checkpoint.collective import on_rank_zero
 from megatron_taopd.checkpoint.layout import find_iteration
 from megatron_taopd.checkpoint.random_state import restore_random_state
 from megatron_taopd.errors import CheckpointError, DamagedCheckpointError
+from megatron_taopd.platform.together import raise_together
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,7 +95,7 @@ def load_head_weight(directory: str | Path, weight_VH: torch.Tensor | None, *, t
         state["head"] = make_tp_sharded_tensor_for_checkpoint(
             weight_VH, "embedding.word_embeddings.weight" if tied else "output_layer.weight", allow_shape_mismatch=True
         )
-    raise_together(integrity.mismatch(path, state, shapes))
+    raise_together(integrity.mismatch(path, state, shapes), CheckpointError)
     loaded = _read(state, path)
     if weight_VH is not None and loaded["head"] is not weight_VH:
         weight_VH.copy_(loaded["head"])
@@ -128,10 +129,10 @@ def _load(
 
     state: dict[str, Any] = model_state.sharded_state(chunks, set(index.state_dict_metadata))
     shapes = integrity.stored_shapes(index)
-    raise_together(integrity.mismatch(path, state, shapes))
+    raise_together(integrity.mismatch(path, state, shapes), CheckpointError)
     if optimizer is not None:
         state["optimizer"] = optimizer_state.sharded_state(optimizer, state, is_loading=True)
-        raise_together(integrity.mismatch(path, state["optimizer"], shapes))
+        raise_together(integrity.mismatch(path, state["optimizer"], shapes), CheckpointError)
     loaded = _read(state, path)
     model_state.load_weights(chunks, loaded)
     if optimizer is not None:

@@ -16,10 +16,12 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megatron_taopd.checkpoint import checksums, layout, model_state, optimizer_state, publishing, writing
-from megatron_taopd.checkpoint.collective import on_rank_zero, raise_together
+from megatron_taopd.checkpoint.collective import on_rank_zero
 from megatron_taopd.checkpoint.random_state import current_layout, random_state_name, save_random_state
 from megatron_taopd.errors import CheckpointError
+from megatron_taopd.files import sha256_of_file
 from megatron_taopd.platform import device, progress
+from megatron_taopd.platform.together import raise_together
 
 
 def save_checkpoint(
@@ -179,7 +181,7 @@ class PendingSave:
         save_config(CheckpointingConfig("torch_dist", 1), str(aside))
         digests = {name: digest for digests in digests_of_ranks for name, digest in digests.items()}
         small = [path for path in aside.iterdir() if path.is_file() and path.name not in digests]
-        digests.update({path.name: checksums.digest(path) for path in small})
+        digests.update({path.name: sha256_of_file(path) for path in small})
         checksums.write_sums(aside, digests)
         # What people may edit has no sum.
         if self.config is not None:
@@ -197,7 +199,7 @@ class PendingSave:
         try:
             (self._aside / name).parent.mkdir(exist_ok=True)
             save_random_state(self._aside)
-            self._written.digests[name] = checksums.digest(self._aside / name)
+            self._written.digests[name] = sha256_of_file(self._aside / name)
         except OSError as error:
             return writing.reason(error)
         return None
@@ -205,7 +207,7 @@ class PendingSave:
     def _agree(self, problem: str | None) -> None:
         """End the save on every rank if one has a problem."""
         try:
-            raise_together(None if problem is None else f"rank {dist.get_rank()}: {problem}")
+            raise_together(None if problem is None else f"rank {dist.get_rank()}: {problem}", CheckpointError)
         except CheckpointError as error:
             self._remove_aside()
             raise self._failure(str(error)) from None

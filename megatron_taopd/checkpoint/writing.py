@@ -28,7 +28,7 @@ from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.strategies import common, filesystem_async
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 
-from megatron_taopd.checkpoint import checksums
+from megatron_taopd.files import sha256_of_file
 
 Bucket = tuple[str, str, Any]
 """Path and name of a file, and what goes into it."""
@@ -173,7 +173,7 @@ def _write_bucket(transforms: list[Any], index: int, bucket: Bucket) -> tuple[An
     if isinstance(result, Exception):
         return result, ""
     try:
-        return result, checksums.digest(Path(bucket[0]))
+        return result, sha256_of_file(Path(bucket[0]))
     except OSError as error:
         return error, ""
 

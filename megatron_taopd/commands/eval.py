@@ -15,7 +15,7 @@ from megatron_taopd.errors import ConfigError
 from megatron_taopd.evaluation.config import EvalConfig
 from megatron_taopd.evaluation.summary import refuse_existing, table, versions, write_results
 from megatron_taopd.evaluation.tasks import load_tasks
-from megatron_taopd.evaluation.together import from_rank_zero
+from megatron_taopd.platform.together import from_rank_zero
 
 
 def evaluate_command(words: Sequence[str]) -> None:

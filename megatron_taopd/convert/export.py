@@ -15,6 +15,7 @@ from megatron_taopd.convert.parameters import parameters_with_rules
 from megatron_taopd.errors import ModelError
 from megatron_taopd.models.hf_config import HFModelConfig
 from megatron_taopd.platform import device, distributed, progress
+from megatron_taopd.platform.together import raise_together
 
 if TYPE_CHECKING:
     from megatron_taopd.models.gpt import DistillationGPTModel
@@ -54,7 +55,7 @@ def export_hf(
     modules = [module] if isinstance(module, torch.nn.Module) else list(module)
     writer = HFWriter(out_dir, max_shard_bytes) if distributed.is_rank_zero() else None
     failure = _attempt(writer.begin) if writer else None
-    _raise_together(failure)
+    raise_together(failure, ModelError)
     for name, tensor in _whole_tensors(modules, hf):
         progress.beat()
         # After a failure the tensors still have to be received, or their senders would wait for ever.
@@ -62,7 +63,7 @@ def export_hf(
             failure = _attempt(writer.add, name, tensor)
     if writer is not None and failure is None:
         failure = _attempt(writer.finish, hf, Path(source_dir or hf.path))
-    _raise_together(failure)
+    raise_together(failure, ModelError)
     return out_dir
 
 
@@ -70,17 +71,8 @@ def _attempt(step: Callable[..., None], *args: Any) -> str | None:
     try:
         step(*args)
     except (OSError, ModelError) as error:
-        return str(error)
+        return f"cannot export the model: {error}"
     return None
-
-
-def _raise_together(failure: str | None) -> None:
-    """Rank 0 writes; if that fails every rank raises."""
-    box = [failure]
-    if distributed.world_size() > 1:
-        dist.broadcast_object_list(box, src=0)
-    if box[0] is not None:
-        raise ModelError(f"cannot export the model: {box[0]}")
 
 
 def _whole_tensors(modules: Sequence[DistillationGPTModel], hf: HFModelConfig) -> Iterator[tuple[str, torch.Tensor]]:

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 from megatron_taopd.errors import ConfigError
+from megatron_taopd.files import sha256_of_file
 
 logger = logging.getLogger(__name__)
 
@@ -155,11 +156,7 @@ class Workspace:
         record, path = self._finished.get(name), self.content / name
         if record is None or not path.is_file() or path.stat().st_size != record["size"]:
             return None
-        digest = hashlib.sha256()
-        with open(path, "rb") as stream:
-            while block := stream.read(_BLOCK):
-                digest.update(block)
-        if digest.hexdigest() != record["sha256"]:
+        if sha256_of_file(path) != record["sha256"]:
             logger.info("%s was changed since it was written; it is made anew", path)
             return None
         return record["notes"]

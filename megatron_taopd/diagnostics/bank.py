@@ -19,8 +19,9 @@ import torch
 
 from megatron_taopd import __version__
 from megatron_taopd.data.records import Rollout, read_rollouts, write_rollouts
-from megatron_taopd.diagnostics.hashes import hash_file, hash_object
+from megatron_taopd.diagnostics.hashes import hash_object
 from megatron_taopd.errors import ConfigError, DataError
+from megatron_taopd.files import sha256_of_file
 from megatron_taopd.teachability import SupportMode, TokenStatistics
 
 FORMAT, FORMAT_VERSION = "taopd-bank", 1
@@ -187,7 +188,7 @@ def write_bank(
     partial.mkdir(parents=True, exist_ok=True)
     write_rollouts(partial / CONTEXTS, contexts)
     pyarrow.parquet.write_table(pa.table(positions), partial / POSITIONS)
-    files = {name: hash_file(partial / name) for name in (CONTEXTS, POSITIONS)}
+    files = {name: sha256_of_file(partial / name) for name in (CONTEXTS, POSITIONS)}
     record = BankRecord(files=files, num_responses=len(contexts), num_positions=len(positions["position"]), **made_with)
     head = {"format": FORMAT, "format_version": FORMAT_VERSION, "taopd_version": __version__, "id": record.id}
     text = json.dumps(head | asdict(record), indent=2, ensure_ascii=False)
@@ -232,7 +233,7 @@ def open_bank(directory: str | Path) -> Bank:
     for name, wanted in record.files.items():
         if not (directory / name).is_file():
             raise DataError(f"bank {directory} is incomplete: no {name}; make the bank again")
-        if hash_file(directory / name) != wanted:
+        if sha256_of_file(directory / name) != wanted:
             raise DataError(
                 f"{directory / name} was changed after the bank was made, so its positions are no longer those of "
                 f"{RECORD}; make the bank again"

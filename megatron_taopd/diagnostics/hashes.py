@@ -1,20 +1,10 @@
-"""Hashes of files and of JSON objects."""
+"""Hashes of JSON objects."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from pathlib import Path
 from typing import Any
-
-
-def hash_file(path: str | Path) -> str:
-    """SHA-256 of a file's bytes."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as stream:
-        while block := stream.read(2**20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def hash_object(value: Any) -> str:

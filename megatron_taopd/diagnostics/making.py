@@ -17,9 +17,9 @@ from megatron_taopd.diagnostics.bank import (
 )
 from megatron_taopd.diagnostics.config import BankConfig
 from megatron_taopd.diagnostics.fingerprints import model_fingerprint, tokenizer_fingerprint
-from megatron_taopd.diagnostics.hashes import hash_file
 from megatron_taopd.diagnostics.reading import bank_reader, read_contexts
 from megatron_taopd.errors import DataError
+from megatron_taopd.files import sha256_of_file
 from megatron_taopd.models import load_hf_config
 from megatron_taopd.training.pair import load_pair
 
@@ -93,7 +93,7 @@ def make_bank(config: BankConfig, progress: Callable[[int, int], None] | None = 
         micro_batch_size=config.micro_batch_size,
         logits_chunk_bytes=config.logits_chunk_bytes,
         rollout_data=config.rollout_data,
-        rollout_sha256=hash_file(config.rollout_data),
+        rollout_sha256=sha256_of_file(config.rollout_data),
         num_prompts=num_prompts,
         positions_per_response=config.positions_per_response,
     )

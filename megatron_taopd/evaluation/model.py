@@ -20,10 +20,10 @@ from megatron_taopd.errors import ModelError
 from megatron_taopd.evaluation.prompts import encode_problems, opens_thinking
 from megatron_taopd.evaluation.summary import Judged, OutputDirectory, summarise, verdict_fields, versions
 from megatron_taopd.evaluation.tasks import Task
-from megatron_taopd.evaluation.together import from_rank_zero
 from megatron_taopd.evaluation.verdicts import Judge, Verdict
 from megatron_taopd.models import LoadedModel
 from megatron_taopd.platform import distributed
+from megatron_taopd.platform.together import from_rank_zero
 from megatron_taopd.rollout.megatron import MegatronEngine
 from megatron_taopd.training.sources import gather_rollouts
 

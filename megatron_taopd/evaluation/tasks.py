@@ -22,8 +22,8 @@ from megatron_taopd.evaluation.options import (
     resolve_options,
 )
 from megatron_taopd.evaluation.problems import Problem, generate_problems, logger, read_problems
-from megatron_taopd.evaluation.together import from_rank_zero
 from megatron_taopd.evaluation.verdicts import check_golds, scorer_of
+from megatron_taopd.platform.together import from_rank_zero
 
 _NAMED = re.compile(r"(?P<name>[A-Za-z0-9_.-]+)=(?P<spec>.+)")
 _FORMS = "reasoning_gym:GENERATOR, math:FILE.jsonl, choice:FILE.jsonl, exact:FILE.jsonl or a YAML file"

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from megatron_taopd.errors import ConfigError
+from megatron_taopd.files import sha256_of_file
 
 KL_MEASURES = ("kl_forward", "kl_reverse")
 ACCURACY = "accuracy"
@@ -128,8 +128,4 @@ class MeasuredSet:
 
 def fingerprint(path: str | Path) -> str:
     """First 16 digits of a file's SHA-256."""
-    digest = hashlib.sha256()
-    with Path(path).open("rb") as file:
-        while block := file.read(2**20):
-            digest.update(block)
-    return digest.hexdigest()[:16]
+    return sha256_of_file(path)[:16]

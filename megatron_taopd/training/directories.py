@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from megatron_taopd.checkpoint.collective import raise_together
 from megatron_taopd.checkpoint.publishing import why_not_writable
 from megatron_taopd.config import TrainConfig
 from megatron_taopd.errors import ConfigError
 from megatron_taopd.platform import distributed
+from megatron_taopd.platform.together import raise_together
 
 
 def check_writable(config: TrainConfig) -> None:

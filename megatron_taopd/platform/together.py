@@ -1,9 +1,9 @@
-"""What one rank finds out for all."""
+"""What one rank finds out, or fails at, is known to all, so that nobody waits in a collective."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import torch.distributed as dist
 
@@ -13,8 +13,18 @@ from megatron_taopd.platform import distributed
 Value = TypeVar("Value")
 
 
+def raise_together(message: str | None, kind: type[TaopdError]) -> None:
+    """Raise an error on every rank if any rank brings a message, the lowest one's. Collective."""
+    messages: list[str | None] = [message] * distributed.world_size()
+    if distributed.world_size() > 1:
+        dist.all_gather_object(messages, message)
+    for found in messages:
+        if found is not None:
+            raise kind(found)
+
+
 def from_rank_zero(make: Callable[[], Value]) -> Value:
-    """What ``make()`` gives on rank 0, on all ranks; they call it together.
+    """What ``make()`` gives on rank 0, on every rank. Collective.
 
     Raises:
         TaopdError: raised on rank 0; the same on every rank. After another failure of rank 0 the others raise
@@ -35,4 +45,4 @@ def from_rank_zero(make: Callable[[], Value]) -> Value:
         raise failure
     if isinstance(box[1], Exception):
         raise box[1]
-    return box[0]  # type: ignore[return-value]
+    return cast(Value, box[0])
