@@ -11,6 +11,8 @@ from megatron_taopd.plan.parameters import RankParameters, rank_parameters, stag
 from megatron_taopd.platform.layout import ParallelConfig
 
 _BYTES = {"bf16": 2, "fp32": 4}
+_STATISTICS_BUFFERS, _LOSS_BUFFERS = 5, 3
+"""On a GPU, where passes go over whole tiles: both models' logits and scratch."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,8 +59,12 @@ class Memory:
     """Of the training forward, all micro-batches in flight."""
     working: int
     """Largest tensors of a layer while it runs."""
-    logits_chunks: int
-    """Chunks of fp32 logits of both models."""
+    statistics_chunks: int
+    """Scoring's buffers of fp32 logits."""
+    loss_chunks: int
+    """The loss's buffers of fp32 logits."""
+    head_gradient: int
+    """The LM head's fp32 gradient, which is made beside DDP's buffer."""
     kv_cache: int
     logits_not_held: int
     """What logits of both models at every response position of a replica's step would take, in fp32; not held."""
@@ -69,12 +75,13 @@ class Memory:
         always = self.parameters + self.gradients + self.optimizer
         return {
             "rollout": always + self.teacher_in_training + self.kv_cache + self.working,
-            "score": always + self.teacher + self.teacher_hidden + self.logits_chunks + self.working,
+            "score": always + self.teacher + self.teacher_hidden + self.statistics_chunks + self.working,
             "train": always
             + self.teacher_in_training
             + self.teacher_hidden
             + self.activations
-            + self.logits_chunks
+            + self.loss_chunks
+            + self.head_gradient
             + self.working,
         }
 
@@ -140,7 +147,9 @@ def stage_memory(config: PlanConfig, student: HFModelConfig, teacher: HFModelCon
             working_bytes(teacher, own or parallel, tokens=config.micro_batch_size * config.length, size=teacher_size),
         )
         + hidden_bytes(student, parallel, tokens=config.micro_batch_size * config.length, size=size),
-        logits_chunks=2 * config.logits_chunk_bytes if last else 0,
+        statistics_chunks=_STATISTICS_BUFFERS * config.logits_chunk_bytes if last else 0,
+        loss_chunks=_LOSS_BUFFERS * config.logits_chunk_bytes if last else 0,
+        head_gradient=padded // tensor * student.hidden_size * 4 if last else 0,
         kv_cache=2 * cached * kv_heads * student.head_dim * size * len(stage_layers(student, parallel, stage)),
         logits_not_held=2 * rows * (padded // tensor) * 4 if last else 0,
     )

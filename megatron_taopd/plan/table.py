@@ -14,7 +14,9 @@ _PARTS = (
     "teacher_hidden",
     "activations",
     "working",
-    "logits_chunks",
+    "statistics_chunks",
+    "loss_chunks",
+    "head_gradient",
     "kv_cache",
 )
 
