@@ -134,8 +134,8 @@ def grow_ranks(base: Shape, args: argparse.Namespace) -> list[dict[str, Any]]:
 
 def measure(args: argparse.Namespace) -> list[common.Table]:
     base = Shape.parse(args.base)
-    rows = [grow(phase, axis, base, args) for phase in PHASES for axis in ("T", "V")]
-    rows.append(grow("scoring", "K", base, args))
+    lines = [(phase, axis) for phase in PHASES for axis in ("T", "V")] + [("scoring", "K")]
+    rows = [grow(phase, axis, base, args) for phase, axis in lines if axis in args.axes]
     main_table = common.Table(
         name="growth",
         title=f"Growth: from {base}, K {args.support_k}, at a chunk of {args.logits_chunk_bytes / common.MIB:.3g} MiB",
@@ -172,6 +172,7 @@ def main() -> None:
     parser = common.arguments(__doc__, threads=1, rounds=3)
     parser.add_argument("--base", default="1024,256,512,16384", metavar="T,H_STUDENT,H_TEACHER,V")
     parser.add_argument("--factors", type=int, nargs="+", default=(1, 2, 4, 8))
+    parser.add_argument("--axes", nargs="+", choices=("T", "V", "K"), default=("T", "V", "K"))
     parser.add_argument("--support-k", type=int, default=8)
     parser.add_argument("--ranks", type=int, nargs="+", default=(1, 2, 4))
     parser.add_argument("--logits-chunk-bytes", type=int, default=CHUNK_BYTES)

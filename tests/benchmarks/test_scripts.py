@@ -68,7 +68,7 @@ def test_tensor_parallel_traffic_is_that_of_the_formula(tmp_path: Path):
 
 
 def test_growth(tmp_path: Path):
-    words = ["--base", "64,16,24,2000", "--factors", "1", "4", "--ranks", "1", "2", *TINY_CHUNK]
+    words = ["--base", "64,16,24,2000", "--factors", "1", "4", "--axes", "T", "--ranks", "1", "2", *TINY_CHUNK]
     table, ranks = script("bench_growth.py", *words, out=tmp_path / "growth.json")
     for row in table["rows"]:
         if row["axis"] == "T":
