@@ -16,6 +16,7 @@ from megatron_taopd.ops.tiles import slices
 DEFAULT_LOGITS_CHUNK_BYTES = 64 * 2**20
 
 _CAST_ROWS = 4096
+_CHOSEN_VALUES = 2**20  # of weights that are gathered at once
 
 # torch.mm multiplies bf16 into fp32 from this version on, and on CUDA alone; elsewhere operands are cast first.
 _HAS_OUT_DTYPE = tuple(int(n) for n in torch.__version__.split(".")[:2]) >= (2, 8)
@@ -72,6 +73,28 @@ class HeadShard:
             out = hidden_RH.new_empty(hidden_RH.shape[0], weight_VH.shape[0], dtype=self.logits_dtype)
         for part in _parts(weight_VH):
             _matmul(hidden_RH.detach(), weight_VH[part].t(), out=out[:, part])
+        return out if temperature == 1.0 else out.div_(temperature)
+
+    def logits_at(
+        self, hidden_RH: torch.Tensor, ids_RP: torch.Tensor, wanted_RP: torch.Tensor, temperature: float = 1.0
+    ) -> torch.Tensor:
+        """Logits at single ids from their own rows of the head, over the temperature, as :attr:`logits_dtype`.
+
+        Args:
+            ids_RP: int64 ids of the whole vocabulary.
+            wanted_RP: bool; the others are not computed.
+
+        Returns:
+            [R, P], 0 where the id is another rank's or not wanted: the sum over the group has all that are wanted.
+        """
+        index_RP = ids_RP - self.vocab_start
+        row_L, slot_L = (wanted_RP & (index_RP >= 0) & (index_RP < self.num_valid)).nonzero(as_tuple=True)
+        index_L, weight_VH = index_RP[row_L, slot_L], self.valid_weight()
+        out = torch.zeros(ids_RP.shape, dtype=self.logits_dtype, device=ids_RP.device)
+        for part in slices(row_L.numel(), max(1, _CHOSEN_VALUES // weight_VH.shape[1])):
+            weight_LH = weight_VH.index_select(0, index_L[part]).to(out.dtype)
+            hidden_LH = hidden_RH.detach().index_select(0, row_L[part]).to(out.dtype)
+            out[row_L[part], slot_L[part]] = torch.linalg.vecdot(weight_LH, hidden_LH)
         return out if temperature == 1.0 else out.div_(temperature)
 
     def hidden_gradient(self, grad_logits_RV: torch.Tensor) -> torch.Tensor:
