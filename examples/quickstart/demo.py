@@ -4,7 +4,7 @@
 2. before    the student answers held-out prompts; both models score these answers
 3. train     TA-OPD: 10 % of the student's own tokens carry the loss
 4. after     the trained student is scored on the *same* answers, so that contexts do not change with the model
-5. report    full-vocabulary KL before and after, an answer before and after, a plot
+5. report    full-vocabulary KL before and after, an answer before and after, a plot, and a page about the run
 
 Every step is a command that is printed before it runs; run it from the root of the repository:
     python examples/quickstart/demo.py --work-dir build/quickstart
@@ -127,6 +127,12 @@ def main() -> None:
     before, after = (mean_column(work / f"{name}.parquet", "kl_forward") for name in ("before", "after"))
     metrics = read_jsonl(run / "metrics.jsonl")
     plot(metrics, before, after, run / "plot.png")
+    tables = [word for name in ("before", "after") for word in ("--score-table", str(work / f"{name}.parquet"))]
+    texts = ["--rollout-data", str(answers), "--tokenizer", str(student)]
+    show_and_run(
+        "    a page about the run",
+        [sys.executable, "-m", "megatron_taopd", "report", "--log-dir", str(run), *tables, *texts],
+    )
     old, new = read_jsonl(answers)[0], read_jsonl(samples)[0]
     change = (after - before) / before
     kept = sum(m["num_kept_tokens"] for m in metrics)
@@ -146,6 +152,7 @@ HF model        {trained}
 checkpoints     {run / "checkpoints"}
 metrics         {run / "metrics.jsonl"}  (TensorBoard: {run / "tb"})
 plot            {run / "plot.png"}
+page            {run / "report.html"}  (self-contained: curves, the kept tokens in colour)
 whole demo      {time.perf_counter() - started:.0f} s
 ===================================================================================="""
     )
