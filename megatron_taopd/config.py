@@ -8,6 +8,7 @@ Nothing here imports Megatron.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 from megatron_taopd.checkpoint_config import CheckpointConfig
 from megatron_taopd.data.config import DataConfig
@@ -25,6 +26,7 @@ from megatron_taopd.run_config import (
     PrecisionConfig,
     RecomputeConfig,
     ScoringConfig,
+    refuse_two_kernels,
 )
 from megatron_taopd.teachability import SelectionConfig
 from megatron_taopd.teachability.phases import PhaseConfig
@@ -116,6 +118,9 @@ class ScoreConfig:
     """Memory for one chunk of fp32 logits a model and rank."""
     compile_statistics: bool = False
     """Run the elementwise passes of scoring as one torch.compile loop: needs a C++ compiler (CPU) or Triton (GPUs)."""
+    statistics_kernel: Literal["torch", "triton"] = "torch"
+    """What goes over the logits of scoring: torch, pass by pass, or a Triton kernel in a single pass (CUDA only,
+    --support-k to 128; not yet run on a GPU, see docs/kernels.md)."""
     seed: int = 1234
     """Seed of the random selector."""
 
@@ -125,6 +130,7 @@ class ScoreConfig:
         if self.micro_batch_size < 1:
             raise ConfigError(f"--micro-batch-size {self.micro_batch_size} must be at least 1")
         self.packing.check_micro_batch_size(self.micro_batch_size)
+        refuse_two_kernels(self.compile_statistics, self.statistics_kernel)
         if not self.temperature > 0:
             raise ConfigError(f"--temperature {self.temperature} must be positive: it divides the logits")
         if self.selection.selection_scope != "global":

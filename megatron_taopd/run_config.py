@@ -74,6 +74,17 @@ class PrecisionConfig:
             )
 
 
+def refuse_two_kernels(compile_statistics: bool, statistics_kernel: str) -> None:
+    """Raises:
+    ConfigError: both replace the same passes.
+    """
+    if compile_statistics and statistics_kernel != "torch":
+        raise ConfigError(
+            f"--compile-statistics has no effect with --statistics-kernel {statistics_kernel}, whose one kernel makes "
+            "these passes; drop one of them"
+        )
+
+
 @dataclass(kw_only=True)
 class ScoringConfig:
     """How both models are read."""
@@ -85,6 +96,9 @@ class ScoringConfig:
     """Memory for one chunk of fp32 logits a model and rank. Memory never grows with tokens x vocabulary."""
     compile_statistics: bool = False
     """Run the elementwise passes of scoring as one torch.compile loop: needs a C++ compiler (CPU) or Triton (GPUs)."""
+    statistics_kernel: Literal["torch", "triton"] = "torch"
+    """What goes over the logits of scoring: torch, pass by pass, or a Triton kernel in a single pass (CUDA only,
+    --support-k to 128; not yet run on a GPU, see docs/kernels.md)."""
     score_from: Literal["forward", "rollout"] = "forward"
     """Where scoring has the student's final hidden states from: a forward pass over the responses, or the generation
     itself (--rollout-engine megatron), which then keeps a row of the hidden size a token; they differ by rounding."""
@@ -98,6 +112,7 @@ class ScoringConfig:
             raise ConfigError(f"--distillation-temperature {self.distillation_temperature} must be positive")
         if self.logits_chunk_bytes < 2**16:
             raise ConfigError(f"--logits-chunk-bytes {self.logits_chunk_bytes} must be at least {2**16}")
+        refuse_two_kernels(self.compile_statistics, self.statistics_kernel)
 
     def resolve_temperature(self, sampling_temperature: float) -> float:
         """The one temperature of statistics and loss.

@@ -19,6 +19,8 @@ def score(words: Sequence[str]) -> None:
 def run_scoring(config: ScoreConfig) -> None:
     """Score as configured; process groups exist."""
     from megatron_taopd.data.records import read_rollouts
+    from megatron_taopd.ops.triton_statistics import check_statistics_kernel
+    from megatron_taopd.platform import device
     from megatron_taopd.training.batching import replica_micro_batches
     from megatron_taopd.training.pair import load_pair
     from megatron_taopd.training.score_table import gather_score_table, write_score_table
@@ -26,6 +28,7 @@ def run_scoring(config: ScoreConfig) -> None:
     from megatron_taopd.training.sources import even_share
 
     announce(config, "taopd score")
+    check_statistics_kernel(config.statistics_kernel, k=config.selection.support_k, device_type=device().type)
     pair = load_pair(
         config.models,
         config.parallel,
@@ -55,6 +58,7 @@ def run_scoring(config: ScoreConfig) -> None:
         temperature=config.temperature,
         logits_chunk_bytes=config.logits_chunk_bytes,
         compile_statistics=config.compile_statistics,
+        statistics_kernel=config.statistics_kernel,
     )
     scored = score_in_groups(
         reader,

@@ -51,6 +51,8 @@ def run_training(config: TrainConfig, *, further_hooks: Sequence[Hook] = ()) -> 
 
 def prepare_training(config: TrainConfig, *, further_hooks: Sequence[Hook], stopping: Stopping) -> Trainer:
     """Models, data, optimizer and hooks; resumed where a checkpoint is to be loaded."""
+    from megatron_taopd.ops.triton_statistics import check_statistics_kernel
+    from megatron_taopd.platform import device
     from megatron_taopd.training.directories import check_writable
     from megatron_taopd.training.hooks.checkpoint import CheckpointHook, ExportHook
     from megatron_taopd.training.hooks.console import ConsoleHook
@@ -64,6 +66,7 @@ def prepare_training(config: TrainConfig, *, further_hooks: Sequence[Hook], stop
     from megatron_taopd.training.sources import open_source
 
     batch, logging_config, checkpoint = config.batch, config.logging, config.checkpoint
+    check_statistics_kernel(config.scoring.statistics_kernel, k=config.selection.support_k, device_type=device().type)
     check_writable(config)
     resolved = announce(config, "taopd train", save_to=logging_config.log_dir)
     local_batch_size(batch.global_batch_size, batch.micro_batch_size, config.parallel)

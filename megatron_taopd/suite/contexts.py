@@ -48,6 +48,7 @@ def measure_contexts(pair: ModelPair, config: TrainConfig, path: str) -> dict[st
         temperature=config.scoring.resolve_temperature(config.rollout.temperature),
         logits_chunk_bytes=config.scoring.logits_chunk_bytes,
         compile_statistics=config.scoring.compile_statistics,
+        statistics_kernel=config.scoring.statistics_kernel,
     )
     scored = score_in_groups(reader, micro_batches, group_size=8 * config.parallel.pipeline_model_parallel_size)
     sums = None if scored is None else _sums(scored)

@@ -16,6 +16,7 @@ from megatron_taopd.ops.candidates import ABSENT_ID, block_maxima, find_candidat
 from megatron_taopd.ops.collectives import Group, all_gather
 from megatron_taopd.ops.head import HeadShard
 from megatron_taopd.ops.tiles import FAR_BELOW, TilePlan, row_blocks, rows_of_block
+from megatron_taopd.ops.triton_statistics import StatisticsKernel, check_statistics_kernel, tile_statistics
 from megatron_taopd.teachability.softmax_sums import (
     NUM_SUMS,
     CompiledSoftmaxSums,
@@ -79,6 +80,7 @@ class LogitReader:
         k: int,
         temperature: float,
         compiled: bool = False,
+        kernel: StatisticsKernel = "torch",
     ) -> None:
         self.heads = (student_head, teacher_head)
         self.plan = plan
@@ -87,7 +89,9 @@ class LogitReader:
         self.num_ids = student_head.num_valid
         self.vocab_start = student_head.vocab_start
         self.group: Group = student_head.group
+        self.kernel = kernel
         weight = student_head.weight
+        check_statistics_kernel(kernel, k=k, device_type=weight.device.type, dtype=weight.dtype)
         self.dtype = student_head.logits_dtype
         width = padded_width(min(plan.width, max(self.num_ids, 1)))
 
@@ -97,7 +101,7 @@ class LogitReader:
         self.tiles = (buffer(plan.rows), buffer(plan.rows))
         if compiled:
             self.softmax_sums: SoftmaxSums = CompiledSoftmaxSums()
-        else:
+        elif kernel == "torch":
             block = rows_of_block(plan.rows, width, weight.device)
             self.softmax_sums = PlainSoftmaxSums((buffer(block), buffer(block), buffer(block)))
 
@@ -115,12 +119,15 @@ class LogitReader:
                 self._tile(head, hidden_RH, buffer, columns)
                 for head, hidden_RH, buffer in zip(self.heads, hidden, self.tiles, strict=True)
             )
-            maxima = self._read_tile(student_RW, teacher_RW, columns.stop - columns.start, sums)
-            first_id = self.vocab_start + columns.start
-            lists[0] = self._better(lists[0], student_RW, teacher_RW, maxima[0], first_id)
-            lists[1] = self._better(lists[1], teacher_RW, student_RW, maxima[1], first_id)
+            first_id, width = self.vocab_start + columns.start, columns.stop - columns.start
+            if self.kernel == "triton":
+                self._read_tile_at_once(student_RW, teacher_RW, width, first_id, sums, lists)
+            else:
+                maxima = self._read_tile(student_RW, teacher_RW, width, sums)
+                lists[0] = self._better(lists[0], student_RW, teacher_RW, maxima[0], first_id)
+                lists[1] = self._better(lists[1], teacher_RW, student_RW, maxima[1], first_id)
             index_R = token_ids_R - first_id
-            here_R = (index_R >= 0) & (index_R < columns.stop - columns.start)
+            here_R = (index_R >= 0) & (index_R < width)
             place_R1 = index_R.where(here_R, 0)[:, None]
             for side, tile_RW in enumerate((student_RW, teacher_RW)):
                 token_R2[:, side] += tile_RW.gather(-1, place_R1)[:, 0].where(here_R, 0.0)
@@ -151,6 +158,22 @@ class LogitReader:
             sums_of_blocks.append(self.softmax_sums(student, teacher, top_R[0], top_R[1]))
         sums.append(torch.cat(sums_of_blocks, dim=1))
         return torch.cat(maxima[0]), torch.cat(maxima[1])
+
+    def _read_tile_at_once(
+        self,
+        student_RW: torch.Tensor,
+        teacher_RW: torch.Tensor,
+        width: int,
+        first_id: int,
+        sums: list[torch.Tensor],
+        lists: list[Candidates],
+    ) -> None:
+        """The same as :meth:`_read_tile` and :meth:`_better` of both models, by the Triton kernel."""
+        tile = tile_statistics(student_RW, teacher_RW, width=width, k=self.k, first_id=first_id)
+        sums.append(tile.sums_8R)
+        for side in range(2):
+            found = Candidates(tile.own_2RK[side], tile.ids_2RK[side], tile.other_2RK[side])
+            lists[side] = best_of([lists[side], found], self.k)
 
     def _better(
         self,

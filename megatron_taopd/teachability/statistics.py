@@ -16,6 +16,7 @@ import torch
 from megatron_taopd.errors import ConfigError, DataError
 from megatron_taopd.ops.head import DEFAULT_LOGITS_CHUNK_BYTES, HeadShard
 from megatron_taopd.ops.tiles import TilePlan
+from megatron_taopd.ops.triton_statistics import StatisticsKernel
 from megatron_taopd.ops.vocab import check_support_size
 from megatron_taopd.teachability.reading import LogitReader, Reading, bytes_per_row
 
@@ -101,6 +102,7 @@ def token_statistics(
     support_mode: SupportMode = "exact",
     logits_chunk_bytes: int = DEFAULT_LOGITS_CHUNK_BYTES,
     compiled: bool = False,
+    kernel: StatisticsKernel = "torch",
 ) -> TokenStatistics:
     """Statistics of every row (arXiv 2605.26844), without gradient. All ranks of the heads' group call it.
 
@@ -115,10 +117,11 @@ def token_statistics(
         support_mode: ``exact``, or ``upstream`` for D and C as the released code sees them.
         logits_chunk_bytes: memory for one tile of one model's fp32 logits: two exist at once (five on GPUs).
         compiled: run the elementwise passes as one torch.compile loop.
+        kernel: ``triton`` makes one pass over a tile of what are several in torch.
 
     Raises:
-        ConfigError: K is larger than the vocabulary, the temperature is not positive, or ``compiled`` without a
-            compiler.
+        ConfigError: K is larger than the vocabulary, the temperature is not positive, ``compiled`` without a compiler,
+            or ``kernel`` without what it needs.
         DataError: a response token is outside the common vocabulary.
     """
     by_support = statistics_by_support(
@@ -131,6 +134,7 @@ def token_statistics(
         temperature=temperature,
         logits_chunk_bytes=logits_chunk_bytes,
         compiled=compiled,
+        kernel=kernel,
     )
     return by_support[k, support_mode]
 
@@ -147,6 +151,7 @@ def statistics_by_support(
     temperature: float = 1.0,
     logits_chunk_bytes: int = DEFAULT_LOGITS_CHUNK_BYTES,
     compiled: bool = False,
+    kernel: StatisticsKernel = "torch",
 ) -> dict[Support, TokenStatistics]:
     """:func:`token_statistics` for several K and modes from one pass over the logits: smaller supports are the first
     ids of the largest.
@@ -163,7 +168,9 @@ def statistics_by_support(
     num_rows = token_ids_R.numel()
     plan = TilePlan.within(logits_chunk_bytes, num_rows=num_rows, num_ids=student_head.weight.shape[0])
     widest = max(k for k, _ in supports)
-    reader = LogitReader(student_head, teacher_head, plan, k=widest, temperature=temperature, compiled=compiled)
+    reader = LogitReader(
+        student_head, teacher_head, plan, k=widest, temperature=temperature, compiled=compiled, kernel=kernel
+    )
     parts: dict[Support, list[TokenStatistics]] = {support: [] for support in supports}
     for rows in plan.row_slices(num_rows):
         reading = reader.read(student_hidden_RH[rows], teacher_hidden_RH[rows], token_ids_R[rows])

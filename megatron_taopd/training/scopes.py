@@ -69,6 +69,7 @@ class GlobalScope:
             temperature=temperature,
             logits_chunk_bytes=config.scoring.logits_chunk_bytes,
             compile_statistics=config.scoring.compile_statistics,
+            statistics_kernel=config.scoring.statistics_kernel,
         )
         self.rows_on_host = config.scoring.offload_teacher_hidden and can_offload("--offload-teacher-hidden")
         self.outcome: Outcome | None = None

@@ -10,6 +10,7 @@ from typing import Protocol, TypeVar
 import torch
 
 from megatron_taopd.data.batches import MicroBatch
+from megatron_taopd.ops.triton_statistics import StatisticsKernel
 from megatron_taopd.platform import distributed
 from megatron_taopd.teachability import (
     Selection,
@@ -69,6 +70,7 @@ class RowReader:
     temperature: float
     logits_chunk_bytes: int
     compile_statistics: bool = False
+    statistics_kernel: StatisticsKernel = "torch"
 
     def __call__(
         self, micro_batch: MicroBatch, student_hidden_RH: torch.Tensor, teacher_hidden_RH: torch.Tensor
@@ -84,6 +86,7 @@ class RowReader:
             support_mode=self.support_mode,
             logits_chunk_bytes=self.logits_chunk_bytes,
             compiled=self.compile_statistics,
+            kernel=self.statistics_kernel,
         )
 
     @classmethod
@@ -95,6 +98,7 @@ class RowReader:
         temperature: float,
         logits_chunk_bytes: int,
         compile_statistics: bool = False,
+        statistics_kernel: StatisticsKernel = "torch",
     ) -> RowReader:
         """As the flags of selection say."""
         return cls(
@@ -104,6 +108,7 @@ class RowReader:
             temperature=temperature,
             logits_chunk_bytes=logits_chunk_bytes,
             compile_statistics=compile_statistics,
+            statistics_kernel=statistics_kernel,
         )
 
 
