@@ -37,6 +37,17 @@ class Candidates(NamedTuple):
     """The other model's logits at these ids."""
 
 
+class Merged(NamedTuple):
+    """What is known of each row when all ranks are put together, the same on all of them."""
+
+    of_s: Candidates
+    of_t: Candidates
+    sums_8R: torch.Tensor
+    """float64; see :mod:`softmax_sums`."""
+    token_R2: torch.Tensor
+    """float64; logits of the response token in student and teacher."""
+
+
 class Reading(NamedTuple):
     """What both models say of each row, the same on all ranks; float64 [R] or [R, K], ids best first."""
 
@@ -109,6 +120,12 @@ class LogitReader:
         self, student_hidden_RH: torch.Tensor, teacher_hidden_RH: torch.Tensor, token_ids_R: torch.Tensor
     ) -> Reading:
         """All of it for up to ``plan.rows`` rows. All ranks of the heads' group call it."""
+        return to_reading(self.merge(student_hidden_RH, teacher_hidden_RH, token_ids_R))
+
+    def merge(
+        self, student_hidden_RH: torch.Tensor, teacher_hidden_RH: torch.Tensor, token_ids_R: torch.Tensor
+    ) -> Merged:
+        """Candidates and sums of up to ``plan.rows`` rows over the whole vocabulary."""
         hidden = (student_hidden_RH, teacher_hidden_RH)
         num_rows = token_ids_R.numel()
         token_R2 = torch.zeros(num_rows, 2, dtype=self.dtype, device=token_ids_R.device)
@@ -131,7 +148,7 @@ class LogitReader:
             place_R1 = index_R.where(here_R, 0)[:, None]
             for side, tile_RW in enumerate((student_RW, teacher_RW)):
                 token_R2[:, side] += tile_RW.gather(-1, place_R1)[:, 0].where(here_R, 0.0)
-        return self._finish(lists, combine_sums(torch.stack(sums)), token_R2)
+        return self._merge_ranks(lists, combine_sums(torch.stack(sums)), token_R2)
 
     def _tile(self, head: HeadShard, hidden_RH: torch.Tensor, buffer: torch.Tensor, columns: slice) -> torch.Tensor:
         """Logits of these columns, and -inf up to the padded width."""
@@ -192,32 +209,15 @@ class LogitReader:
         )
         return best_of([known, found], self.k)
 
-    def _finish(self, lists: list[Candidates], sums_8R: torch.Tensor, token_R2: torch.Tensor) -> Reading:
-        """Combine the ranks and turn logits into log-probabilities."""
+    def _merge_ranks(self, lists: list[Candidates], sums_8R: torch.Tensor, token_R2: torch.Tensor) -> Merged:
+        """One all-gather."""
         k = self.k
         columns = [*pack_candidates(lists[0]), *pack_candidates(lists[1]), sums_8R.t().to(self.dtype), token_R2]
         gathered_PRC = all_gather(torch.cat(columns, dim=-1), self.group)
         packed_s, packed_t, sums_PR8, token_PR2 = gathered_PRC.split([3 * k, 3 * k, NUM_SUMS, 2], dim=-1)
         of_s, of_t = (best_of(unpack_candidates(packed, k), k) for packed in (packed_s, packed_t))
-        sums = combine_sums(sums_PR8.transpose(1, 2)).unbind(0)
-        max_s, max_t, mass_s, mass_t, dot_s, dot_t, gap_s, gap_t = sums
-        lse_s, lse_t = max_s + mass_s.log(), max_t + mass_t.log()
-        token_s, token_t = token_PR2.double().sum(0).unbind(-1)
-        # log p_s - log p_t is a difference of logits less that of the normalisers: near exact where the models agree.
-        return Reading(
-            ids_s_RK=of_s.ids,
-            ids_t_RK=of_t.ids,
-            logp_s_on_s=of_s.own.double() - lse_s[:, None],
-            logp_t_on_t=of_t.own.double() - lse_t[:, None],
-            logp_t_on_s=of_s.other.double() - lse_t[:, None],
-            logp_s_on_t=of_t.other.double() - lse_s[:, None],
-            token_s=token_s - lse_s,
-            token_t=token_t - lse_t,
-            h_s=mass_s.log() - dot_s / mass_s,
-            h_t=mass_t.log() - dot_t / mass_t,
-            kl_reverse=gap_s / mass_s - (lse_s - lse_t),
-            kl_forward=(lse_s - lse_t) - gap_t / mass_t,
-        )
+        sums_8R = combine_sums(sums_PR8.transpose(1, 2))
+        return Merged(of_s=of_s, of_t=of_t, sums_8R=sums_8R, token_R2=token_PR2.double().sum(0))
 
     def _no_candidates(self, num_rows: int, device: torch.device) -> Candidates:
         own = torch.full((num_rows, self.k), -torch.inf, dtype=self.dtype, device=device)
@@ -227,6 +227,29 @@ class LogitReader:
         sums = torch.zeros(NUM_SUMS, num_rows, dtype=torch.float64, device=device)
         sums[:2] = FAR_BELOW
         return sums
+
+
+def to_reading(merged: Merged) -> Reading:
+    """Logits and sums as log-probabilities, entropies and divergences."""
+    of_s, of_t = merged.of_s, merged.of_t
+    max_s, max_t, mass_s, mass_t, dot_s, dot_t, gap_s, gap_t = merged.sums_8R.unbind(0)
+    lse_s, lse_t = max_s + mass_s.log(), max_t + mass_t.log()
+    token_s, token_t = merged.token_R2.double().unbind(-1)
+    # log p_s - log p_t is a difference of logits less that of the normalisers: near exact where the models agree.
+    return Reading(
+        ids_s_RK=of_s.ids,
+        ids_t_RK=of_t.ids,
+        logp_s_on_s=of_s.own.double() - lse_s[:, None],
+        logp_t_on_t=of_t.own.double() - lse_t[:, None],
+        logp_t_on_s=of_s.other.double() - lse_t[:, None],
+        logp_s_on_t=of_t.other.double() - lse_s[:, None],
+        token_s=token_s - lse_s,
+        token_t=token_t - lse_t,
+        h_s=mass_s.log() - dot_s / mass_s,
+        h_t=mass_t.log() - dot_t / mass_t,
+        kl_reverse=gap_s / mass_s - (lse_s - lse_t),
+        kl_forward=(lse_s - lse_t) - gap_t / mass_t,
+    )
 
 
 def best_of(lists: list[Candidates], k: int) -> Candidates:

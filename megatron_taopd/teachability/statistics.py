@@ -19,6 +19,7 @@ from megatron_taopd.ops.tiles import TilePlan
 from megatron_taopd.ops.triton_statistics import StatisticsKernel
 from megatron_taopd.ops.vocab import check_support_size
 from megatron_taopd.teachability.reading import LogitReader, Reading, bytes_per_row
+from megatron_taopd.teachability.two_stage import TwoStageReader, rough_candidates
 
 __all__ = [
     "Support",
@@ -103,6 +104,7 @@ def token_statistics(
     logits_chunk_bytes: int = DEFAULT_LOGITS_CHUNK_BYTES,
     compiled: bool = False,
     kernel: StatisticsKernel = "torch",
+    rough_heads: tuple[HeadShard, HeadShard] | None = None,
 ) -> TokenStatistics:
     """Statistics of every row (arXiv 2605.26844), without gradient. All ranks of the heads' group call it.
 
@@ -118,6 +120,8 @@ def token_statistics(
         logits_chunk_bytes: memory for one tile of one model's fp32 logits: two exist at once (five on GPUs).
         compiled: run the elementwise passes as one torch.compile loop.
         kernel: ``triton`` makes one pass over a tile of what are several in torch.
+        rough_heads: shards of student and teacher in FP8 (:class:`Fp8Head`): the whole vocabulary is read by these, and
+            the candidates again by the exact ones (``two_stage``).
 
     Raises:
         ConfigError: K is larger than the vocabulary, the temperature is not positive, ``compiled`` without a compiler,
@@ -135,6 +139,7 @@ def token_statistics(
         logits_chunk_bytes=logits_chunk_bytes,
         compiled=compiled,
         kernel=kernel,
+        rough_heads=rough_heads,
     )
     return by_support[k, support_mode]
 
@@ -152,6 +157,7 @@ def statistics_by_support(
     logits_chunk_bytes: int = DEFAULT_LOGITS_CHUNK_BYTES,
     compiled: bool = False,
     kernel: StatisticsKernel = "torch",
+    rough_heads: tuple[HeadShard, HeadShard] | None = None,
 ) -> dict[Support, TokenStatistics]:
     """:func:`token_statistics` for several K and modes from one pass over the logits: smaller supports are the first
     ids of the largest.
@@ -168,9 +174,17 @@ def statistics_by_support(
     num_rows = token_ids_R.numel()
     plan = TilePlan.within(logits_chunk_bytes, num_rows=num_rows, num_ids=student_head.weight.shape[0])
     widest = max(k for k, _ in supports)
-    reader = LogitReader(
-        student_head, teacher_head, plan, k=widest, temperature=temperature, compiled=compiled, kernel=kernel
+    candidates = widest if rough_heads is None else rough_candidates(widest, student_head.vocab_size)
+    reader: LogitReader | TwoStageReader = LogitReader(
+        *(rough_heads or (student_head, teacher_head)),
+        plan,
+        k=candidates,
+        temperature=temperature,
+        compiled=compiled,
+        kernel=kernel,
     )
+    if rough_heads is not None:
+        reader = TwoStageReader(reader, student_head, teacher_head, k=widest)
     parts: dict[Support, list[TokenStatistics]] = {support: [] for support in supports}
     for rows in plan.row_slices(num_rows):
         reading = reader.read(student_hidden_RH[rows], teacher_hidden_RH[rows], token_ids_R[rows])
