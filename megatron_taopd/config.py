@@ -13,6 +13,7 @@ from typing import Literal
 from megatron_taopd.checkpoint_config import CheckpointConfig
 from megatron_taopd.data.config import DataConfig
 from megatron_taopd.errors import ConfigError
+from megatron_taopd.fp8_config import ScoreHeadConfig, TeacherFp8Config
 from megatron_taopd.losses import LossConfig
 from megatron_taopd.monitor_config import MonitorConfig
 from megatron_taopd.platform.layout import ParallelConfig, TeacherParallelConfig
@@ -44,12 +45,14 @@ class TrainConfig:
     monitor: MonitorConfig = field(default_factory=MonitorConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     scoring: ScoringConfig = field(default_factory=ScoringConfig)
+    score_head: ScoreHeadConfig = field(default_factory=ScoreHeadConfig)
     batch: BatchConfig = field(default_factory=BatchConfig)
     packing: PackingConfig = field(default_factory=PackingConfig)
     optimization: OptimizationConfig = field(default_factory=OptimizationConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     teacher_parallel: TeacherParallelConfig = field(default_factory=TeacherParallelConfig)
     precision: PrecisionConfig = field(default_factory=PrecisionConfig)
+    teacher_fp8: TeacherFp8Config = field(default_factory=TeacherFp8Config)
     recompute: RecomputeConfig = field(default_factory=RecomputeConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
@@ -75,6 +78,7 @@ class TrainConfig:
             )
         self.packing.check_micro_batch_size(self.batch.micro_batch_size)
         self.scoring.resolve_temperature(self.rollout.temperature)
+        self._check_fp8()
         self.phases.check_against(self.selection)
         self.monitor.check_against(self.selection, log_dir=self.logging.log_dir)
         self._check_score_from()
@@ -91,6 +95,24 @@ class TrainConfig:
             raise ConfigError(
                 "--score-from rollout has no effect with --selection-scope carried, which scores inside the training "
                 "forward; drop one of them"
+            )
+
+    def _check_fp8(self) -> None:
+        settings = self.precision.fp8_settings()
+        if settings is not None and settings.param_gather:
+            if not self.optimization.use_distributed_optimizer:
+                raise ConfigError(
+                    "--fp8-param-gather keeps no weights but FP8 ones, whose exact values only the distributed "
+                    "optimizer holds; add --use-distributed-optimizer or drop it"
+                )
+            if settings.recipe == "mxfp8":
+                raise ConfigError(
+                    "--fp8-param-gather cannot be combined with --fp8-recipe mxfp8 in training in this version"
+                )
+        teacher = self.teacher_fp8.fp8_settings()
+        if teacher is not None and teacher.param_gather and self.scoring.offload_teacher:
+            raise ConfigError(
+                "--offload-teacher cannot move weights that --teacher-fp8-param-gather stores in FP8; drop one"
             )
 
 
@@ -114,6 +136,8 @@ class ScoreConfig:
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     teacher_parallel: TeacherParallelConfig = field(default_factory=TeacherParallelConfig)
     precision: PrecisionConfig = field(default_factory=PrecisionConfig)
+    teacher_fp8: TeacherFp8Config = field(default_factory=TeacherFp8Config)
+    score_head: ScoreHeadConfig = field(default_factory=ScoreHeadConfig)
     logits_chunk_bytes: int = 64 * 2**20
     """Memory for one chunk of fp32 logits a model and rank."""
     compile_statistics: bool = False

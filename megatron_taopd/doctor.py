@@ -9,6 +9,9 @@ import platform as python_platform
 from dataclasses import dataclass, field
 
 from megatron_taopd import __version__
+from megatron_taopd.fp8_config import DEFAULT_RECIPE
+from megatron_taopd.fp8_support import RECIPES, Fp8Support
+from megatron_taopd.ops.fp8 import FP8_CAPABILITY
 
 PACKAGES = {
     "torch": "torch",
@@ -18,8 +21,6 @@ PACKAGES = {
     "transformer-engine": "transformer_engine",
     "nemo-run": "nemo_run",
 }
-# Oldest CUDA compute capability whose tensor cores multiply fp8 numbers: Ada; Hopper is 9.0, Blackwell 10.0.
-FP8_CAPABILITY = (8, 9)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +42,8 @@ class Machine:
     apex: str | None
     """``nvidia``, ``unrelated`` (the PyPI project of that name) or None."""
     gpus: list[Gpu] = field(default_factory=list)
+    cuda: str | None = None
+    """Version that torch was built with."""
     backends: list[str] = field(default_factory=list)
     """``torch.distributed`` backends that this torch was built with."""
     cpu_cores: int = 1
@@ -72,6 +75,7 @@ def inspect_machine() -> Machine:
         versions={name: _version(name, module) for name, module in PACKAGES.items()},
         apex=_which_apex(),
         gpus=gpus,
+        cuda=torch.version.cuda,
         backends=backends,
         cpu_cores=_usable_cores(),
         cpu_threads=torch.get_num_threads(),
@@ -124,7 +128,8 @@ def what_is_used(machine: Machine) -> list[str]:
         lines.append("attention: torch scaled_dot_product_attention")
         fused = machine.apex == "nvidia" and bool(machine.gpus)
         lines.append(f"optimizer: {'fused Adam of Apex' if fused else 'torch AdamW'}")
-    lines.append(f"fp8: {fp8_verdict(machine)}")
+    lines.append(f"fp8 layers: {fp8_verdict(machine)}")
+    lines.append(f"fp8 head of scoring: {fp8_head_verdict(machine)}")
     if machine.gpus:
         oldest = min(gpu.capability for gpu in machine.gpus)
         lines.append(f"bf16: {'yes' if oldest >= (8, 0) else 'slow, no bf16 tensor cores before Ampere'}")
@@ -134,15 +139,29 @@ def what_is_used(machine: Machine) -> list[str]:
 
 
 def fp8_verdict(machine: Machine) -> str:
-    """Whether --fp8-format can be used, and if not, why."""
+    """With which --fp8-recipe layers can be FP8, and why not with the others."""
+    support = Fp8Support(
+        transformer_engine=machine.versions.get("transformer-engine"),
+        gpus=tuple((gpu.name, gpu.capability) for gpu in machine.gpus),
+        cuda=machine.cuda,
+    )
+    obstacles = {recipe: support.obstacle(recipe) for recipe in RECIPES}
+    possible = [recipe for recipe, obstacle in obstacles.items() if obstacle is None]
+    if not possible:
+        return f"not possible, {obstacles[DEFAULT_RECIPE]}"
+    engine = machine.versions["transformer-engine"]
+    refused = "; ".join(f"not {recipe}: {why}" for recipe, why in obstacles.items() if why is not None)
+    return f"possible with {', '.join(possible)} (Transformer Engine {engine})" + (f"; {refused}" if refused else "")
+
+
+def fp8_head_verdict(machine: Machine) -> str:
+    """Whether --score-head-precision fp8 can be used, which needs no Transformer Engine."""
     if not machine.gpus:
-        return "not possible, no CUDA device"
+        return "possible, emulated: on a CPU slower than the model's own"
     unable = [gpu for gpu in machine.gpus if gpu.capability < FP8_CAPABILITY]
     if unable:
-        major, minor = unable[0].capability
-        return f"not possible, {unable[0].name} has compute capability {major}.{minor} and 8.9 is needed"
-    if not machine.has_transformer_engine:
-        return "the GPUs can, but Transformer Engine is missing; install the 'te' extra"
+        needed, found = (".".join(map(str, capability)) for capability in (FP8_CAPABILITY, unable[0].capability))
+        return f"not possible, {unable[0].name} has compute capability {found} and {needed} is needed"
     return "possible"
 
 

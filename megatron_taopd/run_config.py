@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import tyro
 
 from megatron_taopd.errors import ConfigError
+from megatron_taopd.fp8_config import Fp8Config
 
 if TYPE_CHECKING:
     from megatron_taopd.platform.layout import ParallelConfig
@@ -57,21 +58,11 @@ class ModelPairConfig:
 
 
 @dataclass(kw_only=True)
-class PrecisionConfig:
+class PrecisionConfig(Fp8Config):
     """Number formats."""
 
     bf16: bool = False
     """bf16 weights and activations for both models, with fp32 main weights in the optimizer (default: fp32)."""
-    fp8_format: Literal["e4m3", "hybrid"] | None = None
-    """FP8 through Transformer Engine; refused where Transformer Engine or the hardware is missing."""
-    fp8_recipe: Literal["delayed", "tensorwise", "blockwise", "mxfp8"] | None = None
-    """Scaling recipe of --fp8-format (default there: tensorwise)."""
-
-    def __post_init__(self) -> None:
-        if self.fp8_recipe is not None and self.fp8_format is None:
-            raise ConfigError(
-                f"--fp8-recipe {self.fp8_recipe} has no effect without --fp8-format; set that too or drop this"
-            )
 
 
 def refuse_two_kernels(compile_statistics: bool, statistics_kernel: str) -> None:

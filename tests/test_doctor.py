@@ -10,10 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_taopd.doctor import Gpu, Machine, fp8_verdict, inspect_machine, report, what_is_used
+from megatron_taopd.doctor import Gpu, Machine, fp8_head_verdict, fp8_verdict, inspect_machine, report, what_is_used
 
 CPU = Machine(python="3.11", versions={"megatron-core": "0.16.1", "transformer-engine": None}, apex=None)
 HOPPER = Gpu(name="H100", capability=(9, 0), memory_bytes=80 * 2**30)
+BLACKWELL = Gpu(name="B200", capability=(10, 0), memory_bytes=180 * 2**30)
 AMPERE = Gpu(name="A100", capability=(8, 0), memory_bytes=80 * 2**30)
 WITH_TE = {"megatron-core": "0.16.1", "transformer-engine": "2.9"}
 
@@ -24,23 +25,40 @@ def test_this_machine() -> None:
     assert f"megatron-core        {version('megatron-core')}" in text
     assert "gloo" in text
     if not torch.cuda.is_available():
-        assert "fp8: not possible, no CUDA device" in text
+        assert "fp8 layers: not possible, there is no CUDA device" in text
 
 
 @pytest.mark.parametrize(
     ("gpus", "versions", "expected"),
     [
         ([], WITH_TE, "no CUDA device"),
-        ([AMPERE], WITH_TE, "A100 has compute capability 8.0"),
+        ([AMPERE], WITH_TE, "A100 has compute capability 8.0 and 8.9 is needed"),
         ([HOPPER, AMPERE], WITH_TE, "A100"),
         ([HOPPER], CPU.versions, "Transformer Engine is missing"),
-        ([HOPPER], WITH_TE, "possible"),
+        ([HOPPER], WITH_TE | {"transformer-engine": "2.1"}, "possible with delayed (Transformer Engine 2.1)"),
+        (
+            [HOPPER],
+            WITH_TE,
+            "possible with delayed, tensorwise, blockwise (Transformer Engine 2.9); not mxfp8: H100 has",
+        ),
+        ([BLACKWELL], WITH_TE, "possible with delayed, tensorwise, blockwise, mxfp8 (Transformer Engine 2.9)"),
     ],
 )
 def test_fp8(gpus: list[Gpu], versions: dict[str, str | None], expected: str) -> None:
-    verdict = fp8_verdict(replace(CPU, gpus=gpus, versions=versions))
+    verdict = fp8_verdict(replace(CPU, gpus=gpus, versions=versions, cuda="13.0"))
     assert expected in verdict
-    assert (verdict == "possible") == (expected == "possible")
+    assert verdict.startswith("possible") == expected.startswith("possible")
+
+
+def test_an_old_cuda_has_no_blocks() -> None:
+    verdict = fp8_verdict(replace(CPU, gpus=[HOPPER], versions=WITH_TE, cuda="12.8"))
+    assert "possible with delayed, tensorwise (" in verdict and "CUDA 12.8 and 12.9 is needed" in verdict
+
+
+def test_the_fp8_head_needs_no_transformer_engine() -> None:
+    assert fp8_head_verdict(replace(CPU, gpus=[HOPPER])) == "possible"
+    assert "A100 has compute capability 8.0" in fp8_head_verdict(replace(CPU, gpus=[HOPPER, AMPERE]))
+    assert "emulated" in fp8_head_verdict(CPU)
 
 
 def test_layers_follow_transformer_engine_and_cuda() -> None:

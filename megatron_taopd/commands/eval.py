@@ -51,20 +51,21 @@ def _judge(config: EvalConfig) -> None:
 def _answer(config: EvalConfig) -> dict[str, Any]:
     """Tasks by the model of this project; process groups exist."""
     from megatron_taopd.evaluation.model import evaluate
-    from megatron_taopd.models import load_hf_config, load_model, refuse_expert_layout_in_vain
-    from megatron_taopd.training.pair import params_dtype, precision_overrides
+    from megatron_taopd.models import fp8_fields, load_hf_config, load_model, refuse_expert_layout_in_vain
+    from megatron_taopd.training.pair import params_dtype
 
     assert config.model is not None
     from_rank_zero(lambda: refuse_existing(config.output, overwrite=config.overwrite))
     announce(config, "taopd eval", save_to=config.output)
     tasks = load_tasks(config.task, config.options)
-    refuse_expert_layout_in_vain(config.parallel, load_hf_config(config.model))
+    hf = load_hf_config(config.model)
+    refuse_expert_layout_in_vain(config.parallel, hf)
     model = load_model(
         config.model,
         config.parallel,
         params_dtype=params_dtype(config.precision),
         trainable=False,
-        overrides=precision_overrides(config.precision),
+        overrides=fp8_fields(config.precision.fp8_settings(), hf, config.parallel, trained=False),
     )
     results = evaluate(
         model,

@@ -23,9 +23,15 @@ def run_rollout(config: RolloutCommandConfig) -> None:
     from megatron_taopd.data.prompts import read_prompts
     from megatron_taopd.data.records import write_rollouts
     from megatron_taopd.data.tokenizer import load_tokenizer
-    from megatron_taopd.models import load_hf_config, load_model, pad_vocab_size, refuse_expert_layout_in_vain
+    from megatron_taopd.models import (
+        fp8_fields,
+        load_hf_config,
+        load_model,
+        pad_vocab_size,
+        refuse_expert_layout_in_vain,
+    )
     from megatron_taopd.rollout.megatron import MegatronEngine
-    from megatron_taopd.training.pair import params_dtype, precision_overrides
+    from megatron_taopd.training.pair import params_dtype
     from megatron_taopd.training.sources import even_share, gather_rollouts
 
     announce(config, "taopd rollout")
@@ -40,7 +46,7 @@ def run_rollout(config: RolloutCommandConfig) -> None:
         params_dtype=params_dtype(config.precision),
         padded_vocab_size=pad_vocab_size(hf.vocab_size, tp=config.parallel.tensor_model_parallel_size),
         trainable=False,
-        overrides=precision_overrides(config.precision),
+        overrides=fp8_fields(config.precision.fp8_settings(), hf, config.parallel, trained=False),
     )
     engine = MegatronEngine(student, config.rollout, seed=config.seed)
     rollouts = gather_rollouts(engine.generate(samples[place], step=0, sample_offset=place.start))

@@ -35,6 +35,7 @@ def run_scoring(config: ScoreConfig) -> None:
         config.precision,
         train_student=False,
         teacher_parallel=config.teacher_parallel,
+        teacher_fp8=config.teacher_fp8,
     )
     rollouts = read_rollouts(
         config.rollout_data,
@@ -59,6 +60,7 @@ def run_scoring(config: ScoreConfig) -> None:
         logits_chunk_bytes=config.logits_chunk_bytes,
         compile_statistics=config.compile_statistics,
         statistics_kernel=config.statistics_kernel,
+        score_head=config.score_head,
     )
     scored = score_in_groups(
         reader,

@@ -78,6 +78,7 @@ def prepare_training(config: TrainConfig, *, further_hooks: Sequence[Hook], stop
         recompute=config.recompute,
         offload_teacher=config.scoring.offload_teacher,
         teacher_parallel=config.teacher_parallel,
+        teacher_fp8=config.teacher_fp8,
     )
     source = open_source(config, pair)
     student = wrap_student(
@@ -113,6 +114,7 @@ def prepare_training(config: TrainConfig, *, further_hooks: Sequence[Hook], stop
         hooks.append(CheckpointHook(checkpoint, resolved))
     if checkpoint.export_hf is not None:
         hooks.append(ExportHook(checkpoint.export_hf))
+    hooks += RolloutServerHook.asked_for(config, source)  # behind the checkpoint, because an update may fail
     return Trainer(
         config,
         pair=pair,

@@ -6,6 +6,7 @@ if not platform.has_cuda():  # Before the modules below import Megatron.
     platform.enable()
 
 from megatron_taopd.models.build import LoadedModel, build_model, load_head, load_model, pad_vocab_size
+from megatron_taopd.models.fp8 import fp8_fields
 from megatron_taopd.models.gpt import DistillationGPTModel
 from megatron_taopd.models.hf_config import HFModelConfig, load_hf_config
 from megatron_taopd.models.source import hf_directory, is_megatron_checkpoint
@@ -24,6 +25,7 @@ __all__ = [
     "build_model",
     "build_transformer_config",
     "check_layout",
+    "fp8_fields",
     "have_transformer_engine",
     "hf_directory",
     "is_megatron_checkpoint",

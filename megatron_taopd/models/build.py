@@ -12,6 +12,7 @@ from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinea
 from megatron.core.transformer import TransformerConfig
 
 from megatron_taopd.errors import ConfigError, ModelError
+from megatron_taopd.models.fp8 import accept_any_length
 from megatron_taopd.models.gpt import DistillationGPTModel
 from megatron_taopd.models.hf_config import HFModelConfig, load_hf_config
 from megatron_taopd.models.source import is_megatron_checkpoint
@@ -176,6 +177,8 @@ def load_model(
         module.train(trainable)
         if not trainable:
             module.requires_grad_(False)
+    if config.fp8 and not trainable:
+        accept_any_length(modules)
     return LoadedModel(hf=hf, config=config, modules=modules)
 
 

@@ -41,6 +41,7 @@ def measure_contexts(pair: ModelPair, config: TrainConfig, path: str) -> dict[st
         micro_batch_size=config.batch.micro_batch_size,
         sample_offset=place.start,
         teacher_names=pair.teacher_names,
+        alignment=config.precision.token_alignment,
     )
     reader = RowReader.from_config(
         pair,

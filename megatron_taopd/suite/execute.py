@@ -143,6 +143,7 @@ def _untrained(config: TrainConfig) -> ModelPair:
         train_student=False,
         offload_teacher=config.scoring.offload_teacher,
         teacher_parallel=config.teacher_parallel,
+        teacher_fp8=config.teacher_fp8,
     )
 
 

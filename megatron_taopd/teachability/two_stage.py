@@ -1,9 +1,9 @@
 """Rows read in two stages: candidates and softmax sums from rough logits, then the candidates' logits again, exactly.
 
-The rough product (FP8) goes over the whole vocabulary. Of each model it leaves the 2 K best ids and the softmax sums; the
-logits of all these ids, and of the response token, are then computed in both models from their own rows of the exact
-heads, and their share of the sums is replaced. What stays rough is the share of all other ids in the normalisers,
-entropies and whole-vocabulary divergences; D has no part in it.
+The rough product (FP8) goes over the whole vocabulary. Of each model it leaves the 2 K best ids and the softmax sums;
+the logits of all these ids, and of the response token, are then computed in both models from their own rows of the
+exact heads, and their share of the sums is replaced. What stays rough is the share of all other ids in the
+normalisers, entropies and whole-vocabulary divergences; D has no part in it.
 
 Shapes: R rows, K support, P = 4 K + 1 chosen ids of a row, some of them twice.
 """

@@ -22,6 +22,7 @@ def replica_micro_batches(
     micro_batch_size: int,
     sample_offset: int,
     teacher_names: Sequence[str | None],
+    alignment: int = 1,
 ) -> list[MicroBatch]:
     """This rank's part of its replica's responses, padded or packed; all ranks call it together.
 
@@ -33,21 +34,22 @@ def replica_micro_batches(
             longest, unless ``packing`` says how many.
         sample_offset: index of the first response in the global batch.
         teacher_names: of all teachers, in the order in which they read; each has micro-batches of its own.
+        alignment: tokens of a sequence on a rank are a multiple of it, as FP8 layers want in training.
 
     Raises:
         DataError: a response is too long to be packed.
     """
     context_size = distributed.context_parallel_size()
-    tensor = parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1
+    length_multiple = alignment * (parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1)
     place: dict[str, Any] = dict(
         sample_offset=sample_offset,
-        length_multiple=tensor,
+        length_multiple=length_multiple,
         context_rank=distributed.context_parallel_rank(),
         context_size=context_size,
         teachers=[teacher_of(rollout, teacher_names) for rollout in rollouts],
     )
     if packing.packed_sequences:
-        multiple = context_multiple(context_size) * tensor
+        multiple = context_multiple(context_size) * length_multiple
         longest = -(-max(map(sequence_length, rollouts)) // multiple) * multiple
         max_length = packing.max_packed_length or micro_batch_size * longest
         micro_batches = pack_micro_batches(rollouts, max_length=max_length, **place)

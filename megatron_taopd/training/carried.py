@@ -24,7 +24,7 @@ from megatron_taopd.teachability.selectors import READS_NO_STATISTICS
 from megatron_taopd.training.forward import pick_rows
 from megatron_taopd.training.offload import HeldRows
 from megatron_taopd.training.scopes import GlobalScope, Outcome
-from megatron_taopd.training.scoring import ScoredRows, collect_rows, read_teacher, select_rows
+from megatron_taopd.training.scoring import ScoredRows, collect_rows, read_teacher, refuse_rough_logprobs, select_rows
 from megatron_taopd.training.step import KeptTargets, TrainMicroBatch, keep_targets
 
 logger = logging.getLogger(__name__)
@@ -51,6 +51,7 @@ class CarriedScope:
         self.micro_batches, self.parts = list(micro_batches), []
         if self.carries and self.estimate is None:
             return self.exact.before(micro_batches, step=step)
+        refuse_rough_logprobs(self.exact.reader, micro_batches, loss=self.config.loss.loss)
         teacher_rows = read_teacher(self.exact.pair, micro_batches, on_host=self.exact.rows_on_host)
         if not distributed.is_last_stage():
             return [TrainMicroBatch(tokens=micro_batch) for micro_batch in micro_batches]

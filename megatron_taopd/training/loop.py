@@ -70,6 +70,7 @@ def wrap_student(pair: ModelPair, *, use_distributed_optimizer: bool, bf16: bool
                 grad_reduce_in_fp32=bf16,
                 use_distributed_optimizer=use_distributed_optimizer,
                 check_for_nan_in_grad=False,  # non_finite.py does, on all ranks together
+                fp8_param_gather=pair.student.config.fp8_param,
             ),
             module=module,
         )
@@ -203,6 +204,7 @@ class Trainer:
         is_finite = self.finite.passes(reports)
         selection_state = None if is_finite else copy.deepcopy(self.scope.state())
         updated, grad_norm, _ = self.optimizer.step() if is_finite else (False, math.nan, None)
+        self.pair.student_has_changed()
         learning_rate = self.optimizer.param_groups[0]["lr"]
         if updated:
             self.scheduler.step(increment=self.config.batch.global_batch_size)
@@ -277,6 +279,7 @@ class Trainer:
             micro_batch_size=self.config.batch.micro_batch_size,
             sample_offset=distributed.data_parallel_rank() * self.local_batch_size,
             teacher_names=self.pair.teacher_names,
+            alignment=self.config.precision.token_alignment,
         )
 
     def state_dict(self) -> dict[str, Any]:

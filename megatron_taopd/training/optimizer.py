@@ -32,6 +32,7 @@ def build_optimizer(
             bf16=bf16,
             params_dtype=torch.bfloat16 if bf16 else torch.float32,
             use_distributed_optimizer=config.use_distributed_optimizer,
+            fp8_recipe=model_chunks[0].config.fp8_recipe if model_chunks[0].config.fp8 else None,
         ),
         list(model_chunks),
     )

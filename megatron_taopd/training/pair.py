@@ -4,23 +4,26 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import torch
 
 from megatron_taopd.data.tokenizer import check_tokenizers_agree, load_tokenizer
+from megatron_taopd.fp8_config import TeacherFp8Config
 from megatron_taopd.models import (
     HFModelConfig,
     LoadedModel,
     check_layout,
+    fp8_fields,
     load_head,
     load_hf_config,
     load_model,
     pad_vocab_size,
     refuse_expert_layout_in_vain,
 )
+from megatron_taopd.ops.fp8 import Fp8Head
 from megatron_taopd.ops.head import HeadShard
 from megatron_taopd.platform import device, distributed, has_cuda
 from megatron_taopd.platform.layout import ParallelConfig, TeacherParallelConfig
@@ -43,6 +46,7 @@ class ModelPair:
     """Common real vocabulary: ids below it exist in both models."""
     tokenizer: Any | None
     """Tokenizer of the pair, or None where neither directory has one (token ids only)."""
+    _fp8_heads: dict[str | int, Fp8Head] = field(default_factory=dict)
 
     def student_head(self) -> HeadShard:
         """LM-head shard of the student; on the last pipeline stage only."""
@@ -53,6 +57,18 @@ class ModelPair:
         weight = self.teachers[index].head_weight
         assert weight is not None, "last-stage ranks have an LM head"
         return self._head(weight)
+
+    def fp8_heads(self, teacher: int = 0) -> tuple[Fp8Head, Fp8Head]:
+        """Both shards in FP8, made when they are first asked for and kept: the teachers' for good, the student's until
+        :meth:`student_has_changed`."""
+        for key, exact in (("student", self.student_head), (teacher, lambda: self.teacher_head(teacher))):
+            if key not in self._fp8_heads:
+                self._fp8_heads[key] = Fp8Head.of(exact())
+        return self._fp8_heads["student"], self._fp8_heads[teacher]
+
+    def student_has_changed(self) -> None:
+        """Its weights are others than before; every optimizer step says so."""
+        self._fp8_heads.pop("student", None)
 
     @property
     def teacher_names(self) -> list[str | None]:
@@ -80,13 +96,6 @@ def teacher_params_dtype(models: ModelPairConfig, precision: PrecisionConfig) ->
     return {"bf16": torch.bfloat16, "fp32": torch.float32}[models.teacher_dtype]
 
 
-def precision_overrides(precision: PrecisionConfig) -> dict[str, Any]:
-    """TransformerConfig fields of the number formats."""
-    if precision.fp8_format is None:
-        return {}
-    return {"fp8": precision.fp8_format, "fp8_recipe": precision.fp8_recipe or "tensorwise"}
-
-
 def load_pair(
     models: ModelPairConfig,
     parallel: ParallelConfig,
@@ -96,6 +105,7 @@ def load_pair(
     recompute: RecomputeConfig | None = None,
     offload_teacher: bool = False,
     teacher_parallel: TeacherParallelConfig | None = None,
+    teacher_fp8: TeacherFp8Config | None = None,
 ) -> ModelPair:
     """Check that the models can be compared token by token, then load one after the other at this rank's place.
 
@@ -103,17 +113,22 @@ def load_pair(
         parallel: the layout in force, the student's.
         offload_teacher: the teacher's weights live in host memory outside ``Teacher.on_device``.
         teacher_parallel: the teacher's own layout (default: the student's).
+        teacher_fp8: FP8 in the teacher's layers; those of ``precision`` are the student's.
 
     Raises:
         TokenizerMismatchError: an id means different tokens, or the stop tokens differ.
         ModelError: a directory is incomplete, an architecture unknown, weights unusable.
-        ConfigError: the layout does not divide a model.
+        ConfigError: the layout does not divide a model, or FP8 cannot be had.
     """
     student_hf = load_hf_config(models.student)
     teachers = models.named_teachers()
     teacher_hfs = [load_hf_config(path) for _, path in teachers]
     refuse_expert_layout_in_vain(parallel, student_hf, *teacher_hfs)
     own_layout = _lay_out_teachers(teacher_parallel, parallel, teacher_hfs)
+    student_overrides = fp8_fields(precision.fp8_settings(), student_hf, parallel, trained=train_student)
+    teacher_layout = parallel if own_layout is None else own_layout.config
+    teacher_settings = None if teacher_fp8 is None else teacher_fp8.fp8_settings()
+    teacher_overrides = [fp8_fields(teacher_settings, hf, teacher_layout, trained=False) for hf in teacher_hfs][0]
     for _, path in teachers:
         check_tokenizers_agree(models.student, path, allow_stop_token_mismatch=models.allow_stop_token_mismatch)
     tokenizers = (load_tokenizer(path) for path in (models.student, *(path for _, path in teachers)))
@@ -128,8 +143,6 @@ def load_pair(
             vocab_size,
         )
     padded = pad_vocab_size(*sizes, tp=parallel.tensor_model_parallel_size)
-    overrides = precision_overrides(precision)
-    student_overrides = dict(overrides)
     if recompute is not None and recompute.recompute_granularity is not None:
         student_overrides.update(
             recompute_granularity=recompute.recompute_granularity,
@@ -156,7 +169,7 @@ def load_pair(
                 routes,
                 params_dtype=teacher_params_dtype(models, precision),
                 padded_vocab_size=padded,
-                overrides=overrides,
+                overrides=teacher_overrides,
                 offload=offload,
             )
             for name, path in teachers

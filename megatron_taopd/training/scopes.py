@@ -17,6 +17,7 @@ from megatron_taopd.training.scoring import (
     ScoredRows,
     collect_rows,
     read_teacher,
+    refuse_rough_logprobs,
     score_from_rollout,
     score_micro_batches,
     select_rows,
@@ -70,11 +71,13 @@ class GlobalScope:
             logits_chunk_bytes=config.scoring.logits_chunk_bytes,
             compile_statistics=config.scoring.compile_statistics,
             statistics_kernel=config.scoring.statistics_kernel,
+            score_head=config.score_head,
         )
         self.rows_on_host = config.scoring.offload_teacher_hidden and can_offload("--offload-teacher-hidden")
         self.outcome: Outcome | None = None
 
     def before(self, micro_batches: Sequence[MicroBatch], *, step: int) -> list[TrainMicroBatch]:
+        refuse_rough_logprobs(self.reader, micro_batches, loss=self.config.loss.loss)
         teacher_rows = read_teacher(self.pair, micro_batches, on_host=self.rows_on_host)
         from_rollout = self.config.scoring.score_from == "rollout"
         if from_rollout:

@@ -10,6 +10,8 @@ from typing import Protocol, TypeVar
 import torch
 
 from megatron_taopd.data.batches import MicroBatch
+from megatron_taopd.errors import ConfigError
+from megatron_taopd.fp8_config import ScoreHeadConfig
 from megatron_taopd.ops.triton_statistics import StatisticsKernel
 from megatron_taopd.platform import distributed
 from megatron_taopd.teachability import (
@@ -71,22 +73,26 @@ class RowReader:
     logits_chunk_bytes: int
     compile_statistics: bool = False
     statistics_kernel: StatisticsKernel = "torch"
+    score_head_stages: int = 0
+    """0: the models' own heads. 1: heads in FP8. 2: FP8, then the candidates again by the own heads."""
 
     def __call__(
         self, micro_batch: MicroBatch, student_hidden_RH: torch.Tensor, teacher_hidden_RH: torch.Tensor
     ) -> TokenStatistics:
+        exact = (self.pair.student_head(), self.pair.teacher_head(micro_batch.teacher))
+        rough = self.pair.fp8_heads(micro_batch.teacher) if self.score_head_stages else None
         return token_statistics(
             student_hidden_RH,
             teacher_hidden_RH,
             micro_batch.token_ids_R,
-            self.pair.student_head(),
-            self.pair.teacher_head(micro_batch.teacher),
+            *(rough if rough is not None and self.score_head_stages == 1 else exact),
             k=self.support_k,
             temperature=self.temperature,
             support_mode=self.support_mode,
             logits_chunk_bytes=self.logits_chunk_bytes,
             compiled=self.compile_statistics,
             kernel=self.statistics_kernel,
+            rough_heads=rough if self.score_head_stages == 2 else None,
         )
 
     @classmethod
@@ -99,6 +105,7 @@ class RowReader:
         logits_chunk_bytes: int,
         compile_statistics: bool = False,
         statistics_kernel: StatisticsKernel = "torch",
+        score_head: ScoreHeadConfig | None = None,
     ) -> RowReader:
         """As the flags of selection say."""
         return cls(
@@ -109,7 +116,23 @@ class RowReader:
             logits_chunk_bytes=logits_chunk_bytes,
             compile_statistics=compile_statistics,
             statistics_kernel=statistics_kernel,
+            score_head_stages=0 if score_head is None else score_head.stages,
         )
+
+
+def refuse_rough_logprobs(reader: RowReader, micro_batches: Sequence[MicroBatch], *, loss: str) -> None:
+    """The loss has nothing of an FP8 head, and log-probabilities that were not recorded would come from there.
+
+    Raises:
+        ConfigError: as said.
+    """
+    if loss == "sampled_reverse_kl" and reader.score_head_stages:
+        if any(micro_batch.rollout_logprobs_R is None for micro_batch in micro_batches):
+            raise ConfigError(
+                "--loss sampled_reverse_kl compares with the log-probabilities that responses were sampled with, which "
+                "these rollouts have not recorded, and --score-head-precision fp8 would put inexact ones in their "
+                "place; use --score-head-precision model, or rollouts with `response_logprobs`"
+            )
 
 
 def read_teacher(pair: ModelPair, micro_batches: Sequence[MicroBatch], *, on_host: bool = False) -> list[HeldRows]:

@@ -1,4 +1,4 @@
-"""The FP8 head equals float64 arithmetic on the numbers that it holds, at any shape, and they are the nearest e4m3 ones."""
+"""The FP8 head equals float64 arithmetic on the numbers that it holds, which are the nearest e4m3 ones."""
 
 from __future__ import annotations
 

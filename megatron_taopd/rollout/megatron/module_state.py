@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer import TransformerConfig
 
 from megatron_taopd.rollout.megatron.products import linear
 
@@ -16,6 +17,8 @@ from megatron_taopd.rollout.megatron.products import linear
 @contextmanager
 def ready_for_inference(module: torch.nn.Module) -> Iterator[None]:
     """Eval mode without sequence and context parallelism, and products without autograd, until the block ends.
+
+    A module in training generates without FP8, too: the FP8 layers of training take no single tokens.
 
     One decoded token cannot be split over a sequence, and Megatron's static batching refuses to try. The
     weights are the same either way. (Megatron's own ``set_model_to_sequence_parallel`` remembers modules by
@@ -27,6 +30,8 @@ def ready_for_inference(module: torch.nn.Module) -> Iterator[None]:
         for owner in _modules_and_configs(module)
         for name, value in _alone(owner).items()
     ]
+    if module.training:
+        switched += [(c, "fp8", c.fp8, None) for c in _configs(module) if c.fp8]
     parallel_linears = [m for m in module.modules() if isinstance(m, (ColumnParallelLinear, RowParallelLinear))]
     try:
         module.eval()
@@ -66,6 +71,8 @@ def _alone(owner: Any) -> dict[str, Any]:
 
 
 def _modules_and_configs(module: torch.nn.Module) -> list[Any]:
-    modules = list(module.modules())
-    configs = {id(m.config): m.config for m in modules if hasattr(m, "config")}
-    return [*modules, *configs.values()]
+    return [*module.modules(), *_configs(module)]
+
+
+def _configs(module: torch.nn.Module) -> list[TransformerConfig]:
+    return list({id(m.config): m.config for m in module.modules() if hasattr(m, "config")}.values())
