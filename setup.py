@@ -23,6 +23,7 @@ def long_description() -> str:
 
 
 REPORT = ["matplotlib>=3.8", "pandas>=2.2", "scipy>=1.15", "statsmodels>=0.14.2", "tabulate>=0.9"]
+SERVER = ["urllib3>=2.2"]  # --rollout-engine openai; no dependencies of its own
 EVAL = ["math-verify==0.9.0", "reasoning-gym==0.1.25"]  # pinned, so that prompts and verdicts stay the same
 
 
@@ -65,11 +66,13 @@ setup(
             "reasoning-gym==0.1.25",  # prompts
             "matplotlib>=3.8",
         ],
+        "server": SERVER,
         "report": REPORT,
         "eval": [*EVAL, "lm-eval==0.4.13"],
         "dev": [
             *REPORT,
             *EVAL,
+            *SERVER,
             "pytest>=8",
             "ruff==0.17.6",  # formats and lints differ between releases
             "mypy==2.4.1",

@@ -18,6 +18,7 @@ from megatron_taopd.losses import LossConfig
 from megatron_taopd.monitor_config import MonitorConfig
 from megatron_taopd.platform.layout import ParallelConfig, TeacherParallelConfig
 from megatron_taopd.rollout.config import RolloutConfig
+from megatron_taopd.rollout.openai.config import RolloutServerConfig
 from megatron_taopd.run_config import (
     BatchConfig,
     LoggingConfig,
@@ -40,6 +41,7 @@ class TrainConfig:
     models: ModelPairConfig
     data: DataConfig = field(default_factory=DataConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    rollout_server: RolloutServerConfig = field(default_factory=RolloutServerConfig)
     selection: SelectionConfig = field(default_factory=SelectionConfig)
     phases: PhaseConfig = field(default_factory=PhaseConfig)
     monitor: MonitorConfig = field(default_factory=MonitorConfig)
@@ -60,10 +62,12 @@ class TrainConfig:
     """Seed of prompt order, sampling and the random selector."""
 
     def __post_init__(self) -> None:
-        if self.rollout.rollout_engine == "megatron" and self.data.prompt_data is None:
+        self.rollout_server.check_against(self.rollout, train_iters=self.batch.train_iters)
+        if self.rollout.rollout_engine != "file" and self.data.prompt_data is None:
             raise ConfigError(
-                "--rollout-engine megatron answers the prompts of --prompt-data, which is missing; give a JSONL file "
-                "with `prompt` or `messages`, or recorded responses with --rollout-engine file --rollout-data"
+                f"--rollout-engine {self.rollout.rollout_engine} answers the prompts of --prompt-data, which is missing; "
+                "give a JSONL file with `prompt` or `messages`, or recorded responses with --rollout-engine file "
+                "--rollout-data"
             )
         if self.rollout.rollout_engine == "file" and self.data.prompt_data is not None:
             raise ConfigError(
@@ -82,6 +86,28 @@ class TrainConfig:
         self.phases.check_against(self.selection)
         self.monitor.check_against(self.selection, log_dir=self.logging.log_dir)
         self._check_score_from()
+        self._check_importance_ratio()
+
+    def _check_importance_ratio(self) -> None:
+        kind, sampled_at = self.loss.importance_ratio, self.rollout.temperature
+        if kind == "none":
+            return
+        if self.rollout.rollout_engine == "megatron":
+            raise ConfigError(
+                f"--importance-ratio {kind} has no effect with --rollout-engine megatron: the student itself writes "
+                "the responses"
+            )
+        if sampled_at == 0:
+            raise ConfigError(
+                f"--importance-ratio {kind} weighs by probabilities of sampling, and --temperature 0 takes the "
+                "likeliest token; drop one of them"
+            )
+        if self.scoring.resolve_temperature(sampled_at) != sampled_at:
+            raise ConfigError(
+                f"--importance-ratio {kind} compares log-probabilities at one temperature, and the student is read at "
+                f"--distillation-temperature {self.scoring.distillation_temperature} while responses are sampled at "
+                f"--temperature {sampled_at}; use one for both"
+            )
 
     def _check_score_from(self) -> None:
         if self.scoring.score_from != "rollout":

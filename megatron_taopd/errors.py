@@ -13,6 +13,10 @@ class DataError(TaopdError):
     """A prompt or rollout file cannot be used as it is."""
 
 
+class RolloutError(TaopdError):
+    """A server does not answer prompts, or not as it must."""
+
+
 class ModelError(TaopdError):
     """A model directory is missing something, is unsupported or does not fit the layout."""
 

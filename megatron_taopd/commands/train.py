@@ -58,6 +58,7 @@ def prepare_training(config: TrainConfig, *, further_hooks: Sequence[Hook], stop
     from megatron_taopd.training.hooks.console import ConsoleHook
     from megatron_taopd.training.hooks.kept_tokens import KeptTokensHook
     from megatron_taopd.training.hooks.metrics_file import MetricsFileHook
+    from megatron_taopd.training.hooks.rollout_server import RolloutServerHook
     from megatron_taopd.training.hooks.tensorboard import TensorBoardHook
     from megatron_taopd.training.loop import Trainer, TrainState, local_batch_size, wrap_student
     from megatron_taopd.training.optimizer import build_optimizer, build_scheduler

@@ -38,6 +38,8 @@ class Rollout:
     """Text of the response, for people."""
     extra: dict[str, Any] = field(default_factory=dict)
     """Other keys of the line, kept as they are."""
+    policy_iteration: int | None = None
+    """Training steps behind the weights that wrote the response, where a server tells them."""
     hidden_TH: torch.Tensor | None = field(default=None, compare=False, repr=False)
     """[response tokens, H] in the model's dtype: the student's final hidden state, after the final norm, that predicted
     each response token. On last-pipeline-stage ranks of an engine that was asked for it, replicated over
@@ -108,6 +110,7 @@ _FIELDS = (
     "prompt_tokens",
     "response_tokens",
     "response_logprobs",
+    "policy_iteration",
 )
 
 
@@ -129,8 +132,15 @@ def _from_line(line: dict[str, Any], where: str, *, index: int, vocab_size: int 
         prompt=None if prompt is None else jsonl.text(prompt, where, "prompt"),
         messages=None if messages is None else jsonl.conversation(messages, where),
         response=None if response is None else jsonl.text(response, where, "response"),
+        policy_iteration=_iteration(line.get("policy_iteration"), where),
         extra={key: value for key, value in line.items() if key not in _FIELDS},
     )
+
+
+def _iteration(value: Any, where: str) -> int | None:
+    if value is not None and (type(value) is not int or value < 0):
+        raise DataError(f"{where}: 'policy_iteration' must be a whole number from 0 on, not {value!r}")
+    return value
 
 
 def _logprobs(value: Any, where: str, num_tokens: int) -> list[float] | None:

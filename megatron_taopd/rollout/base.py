@@ -24,3 +24,6 @@ class RolloutEngine(Protocol):
             step: training step, part of the seed.
             sample_offset: index of the first prompt in the global batch.
         """
+
+    def figures(self) -> dict[str, float]:
+        """Of the last :meth:`generate`, for the metrics (docs/metrics.md); the same on every rank."""

@@ -14,7 +14,7 @@ class RolloutConfig:
 
     rollout_engine: Literal["megatron", "file", "openai"] = "megatron"
     """megatron: the live student answers --prompt-data through megatron-core's inference. file: recorded
-    responses of --rollout-data. openai: not in this version."""
+    responses of --rollout-data. openai: a vLLM or SGLang server at --rollout-url answers --prompt-data."""
     rollout_data: str | None = None
     """Recorded rollouts (JSONL) for --rollout-engine file; token ids are enough."""
     num_samples_per_prompt: int = 1
@@ -29,11 +29,6 @@ class RolloutConfig:
     """Responses that a replica generates together: bounds the memory of keys and values (default: 64)."""
 
     def __post_init__(self) -> None:
-        if self.rollout_engine == "openai":
-            raise ConfigError(
-                "--rollout-engine openai is not in this version; use megatron (the live student) or file "
-                "(recorded responses)"
-            )
         if self.num_samples_per_prompt < 1:
             raise ConfigError(f"--num-samples-per-prompt {self.num_samples_per_prompt} must be at least 1")
         if self.max_response_length < 1:
@@ -47,6 +42,11 @@ class RolloutConfig:
         if self.top_p is not None and self.temperature == 0:
             raise ConfigError(
                 f"--top-p {self.top_p} has no effect with --temperature 0, which is greedy; drop one of them"
+            )
+        if self.rollout_engine == "openai" and self.rollout_batch_size is not None:
+            raise ConfigError(
+                f"--rollout-batch-size {self.rollout_batch_size} has no effect with --rollout-engine openai, where the "
+                "server makes its batches; --rollout-max-in-flight bounds what it is asked for at once"
             )
         if self.rollout_engine == "file":
             self._check_file_engine()

@@ -19,7 +19,11 @@ def check_writable(config: TrainConfig) -> None:
     """
     places = {"--save": config.checkpoint.save}
     if distributed.rank() == 0:  # alone it writes the others
-        places |= {"--log-dir": config.logging.log_dir, "--tensorboard-dir": config.logging.tensorboard_dir}
+        places |= {
+            "--log-dir": config.logging.log_dir,
+            "--tensorboard-dir": config.logging.tensorboard_dir,
+            "--rollout-weights-dir": config.rollout_server.rollout_weights_dir,
+        }
     problem = None
     for flag, place in places.items():
         why_not = None if place is None else why_not_writable(Path(place))

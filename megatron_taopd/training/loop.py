@@ -19,7 +19,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron_taopd.config import TrainConfig
 from megatron_taopd.data.batches import MicroBatch
 from megatron_taopd.data.records import Rollout
-from megatron_taopd.errors import NonFiniteError
+from megatron_taopd.errors import NonFiniteError, RolloutError
 from megatron_taopd.platform import distributed, progress
 from megatron_taopd.platform.layout import ParallelConfig
 from megatron_taopd.run_config import BatchConfig
@@ -136,6 +136,7 @@ class Trainer:
 
         Raises:
             NonFiniteError: a step cannot be made; hooks have seen the run stop ahead of it.
+            RolloutError: a server does not answer prompts, or does not load weights; the same.
         """
         for hook in self.hooks:
             hook.on_start(self)
@@ -149,11 +150,11 @@ class Trainer:
                 return False
             try:
                 metrics = self.step()
-            except NonFiniteError:
+                for hook in self.hooks:
+                    self._call(hook, hook.on_step, self, metrics)
+            except (NonFiniteError, RolloutError):
                 self._stop()
                 raise
-            for hook in self.hooks:
-                self._call(hook, hook.on_step, self, metrics)
         for hook in self.hooks:
             self._call(hook, hook.on_end, self)
         return True
@@ -217,7 +218,7 @@ class Trainer:
 
         self.state.iteration += 1
         self.state.consumed_samples += self.config.batch.global_batch_size
-        return step_metrics(
+        metrics = step_metrics(
             iteration=self.state.iteration,
             rollouts=rollouts,
             teachers=self.pair.given_names,
@@ -235,6 +236,7 @@ class Trainer:
                 "time_step": trained - started,
             },
         )
+        return metrics | self.source.figures()
 
     def _leave_out(
         self,

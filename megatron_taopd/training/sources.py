@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
 from megatron_taopd.config import TrainConfig
 from megatron_taopd.data.prompts import Prompt, PromptSource, read_prompts
 from megatron_taopd.data.records import Rollout, read_rollouts
-from megatron_taopd.errors import ConfigError
+from megatron_taopd.errors import ConfigError, DataError
 from megatron_taopd.platform import distributed
 from megatron_taopd.rollout.base import RolloutEngine
 from megatron_taopd.rollout.megatron import MegatronEngine
+from megatron_taopd.rollout.openai.engine import OpenAIEngine
 from megatron_taopd.training.pair import ModelPair
 
 
@@ -26,6 +27,9 @@ class ResponseSource(Protocol):
 
     def fingerprint(self) -> str:
         """Of the data that the position counts in; the same on every rank."""
+
+    def figures(self) -> dict[str, float]:
+        """Metrics of the last step's responses beside their length; the same on every rank."""
 
 
 def replica_slice(global_batch_size: int) -> slice:
@@ -53,6 +57,9 @@ class GeneratedResponses:
     def fingerprint(self) -> str:
         return fingerprint([prompt.tokens for prompt in self.prompts.prompts])
 
+    def figures(self) -> dict[str, float]:
+        return self.engine.figures()
+
 
 class RecordedResponses:
     """Recorded rollouts in file order, starting over at the end of the file."""
@@ -67,6 +74,9 @@ class RecordedResponses:
 
     def fingerprint(self) -> str:
         return fingerprint([[*r.prompt_tokens, -1, *r.response_tokens] for r in self.rollouts])
+
+    def figures(self) -> dict[str, float]:
+        return {}
 
 
 def fingerprint(samples: Sequence[Sequence[int]]) -> str:
@@ -94,27 +104,31 @@ def open_source(config: TrainConfig, pair: ModelPair) -> ResponseSource:
 
     Raises:
         DataError: the prompt or rollout file is missing, empty, malformed or does not fit.
+        ConfigError: what the engine needs is missing.
     """
     rollout = config.rollout
     if rollout.rollout_engine == "file":
         assert rollout.rollout_data is not None, "RolloutConfig requires it for the file engine"
-        return RecordedResponses(
-            read_rollouts(
-                rollout.rollout_data,
-                vocab_size=pair.vocab_size,
-                max_response_length=rollout.max_response_length,
-                teachers=pair.given_names,
-            )
+        rollouts = read_rollouts(
+            rollout.rollout_data,
+            vocab_size=pair.vocab_size,
+            max_response_length=rollout.max_response_length,
+            teachers=pair.given_names,
         )
+        if config.loss.importance_ratio != "none" and rollouts[0].response_logprobs is None:
+            raise DataError(
+                f"--importance-ratio {config.loss.importance_ratio} needs the log-probabilities that the responses "
+                f"were sampled with, and {rollout.rollout_data} has no 'response_logprobs'"
+            )
+        return RecordedResponses(rollouts)
     prompts = read_prompts(config.data, pair.tokenizer, teachers=pair.given_names)
-    engine = MegatronEngine(
-        pair.student,
-        rollout,
-        seed=config.seed,
-        vocab_size=pair.vocab_size,
-        tokenizer=pair.tokenizer,
-        keep_hidden=config.scoring.score_from == "rollout",
-    )
+    of_pair: dict[str, Any] = dict(seed=config.seed, vocab_size=pair.vocab_size, tokenizer=pair.tokenizer)
+    engine: RolloutEngine
+    if rollout.rollout_engine == "openai":
+        engine = OpenAIEngine(pair.student.hf, rollout, config.rollout_server, **of_pair)
+    else:
+        keep_hidden = config.scoring.score_from == "rollout"
+        engine = MegatronEngine(pair.student, rollout, keep_hidden=keep_hidden, **of_pair)
     return GeneratedResponses(
         PromptSource(prompts, seed=config.seed), engine, samples_per_prompt=rollout.num_samples_per_prompt
     )

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 import torch
 
 from megatron_taopd.data.batches import MicroBatch
 from megatron_taopd.losses import LossConfig, distillation_loss
+from megatron_taopd.platform import distributed
 from megatron_taopd.training.forward import call_model, pick_rows
+from megatron_taopd.training.importance import importance_weights
 from megatron_taopd.training.offload import HeldRows
 from megatron_taopd.training.pair import ModelPair
 
@@ -27,6 +29,10 @@ class KeptTargets:
     teacher_rows_KH: HeldRows
     num_tokens: int
     """What this micro-batch adds to the count the loss is divided by: kept tokens, or valid ones."""
+    weights_K: torch.Tensor | None = None
+    """Factors of the losses (None: 1)."""
+    report: dict[str, torch.Tensor] = field(default_factory=dict)
+    """Sums over the kept tokens for the metrics."""
 
 
 @dataclass(kw_only=True)
@@ -46,16 +52,32 @@ def keep_targets(
     teacher_rows: HeldRows,
     config: LossConfig,
 ) -> KeptTargets:
-    """The kept positions of a micro-batch. The teacher's hidden states of the other rows are let go."""
+    """The kept positions of a micro-batch. The teacher's hidden states of the other rows are let go.
+
+    Last-stage ranks call it together.
+    """
     recorded = micro_batch.rollout_logprobs_R
     old_logprobs_R = student_logprob_R if recorded is None else recorded
     teacher_rows.keep(keep_R)
+    report: dict[str, torch.Tensor] = {}
+    if recorded is not None:
+        report["rollout_logprob_gap"] = (student_logprob_R - recorded)[keep_R].abs().double().sum()
+    weights_K = None
+    if config.importance_ratio != "none":
+        clip = config.resolved_importance_ratio_clip
+        group = distributed.context_parallel_group()
+        weights_R = importance_weights(config.importance_ratio, student_logprob_R, micro_batch, clip=clip, group=group)
+        weights_K = weights_R[keep_R]
+        report["importance_weight"] = weights_K.sum()
+        report["importance_weight_clipped_share"] = (weights_K >= clip).double().sum()
     return KeptTargets(
         row_index_K=micro_batch.row_index_R[keep_R],
         token_ids_K=micro_batch.token_ids_R[keep_R],
         old_logprobs_K=old_logprobs_R[keep_R],
         teacher_rows_KH=teacher_rows,
         num_tokens=int(keep_R.sum()) if config.loss_normalization == "kept" else keep_R.numel(),
+        weights_K=weights_K,
+        report=report,
     )
 
 
@@ -95,8 +117,9 @@ class DistillationForwardStep:
             config=self.loss,
             k=self.support_k,
             temperature=self.temperature,
+            weights_R=targets.weights_K,
             logits_chunk_bytes=self.logits_chunk_bytes,
         )
         num_tokens = torch.tensor(targets.num_tokens, dtype=torch.int, device=loss_sum.device)
-        report = {"loss_sum": loss_sum.detach(), **metrics}
+        report = {"loss_sum": loss_sum.detach(), **metrics, **targets.report}
         return loss_sum, num_tokens, report

@@ -15,7 +15,7 @@ FILE = {"rollout_engine": "file", "rollout_data": "r.jsonl"}
 @pytest.mark.parametrize(
     ("settings", "wanted"),
     [
-        ({"rollout_engine": "openai"}, ("openai", "megatron", "file")),
+        ({"rollout_engine": "openai", "rollout_batch_size": 4}, ("--rollout-batch-size 4", "--rollout-max-in-flight")),
         ({"rollout_engine": "file"}, ("--rollout-data",)),
         ({"rollout_data": "r.jsonl"}, ("r.jsonl", "no effect", "--rollout-engine file")),
         ({**FILE, "top_p": 0.9}, ("--top-p 0.9", "no effect")),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -11,16 +10,14 @@ import torch
 
 from megatron_taopd.data.prompts import Prompt
 from megatron_taopd.data.records import Rollout
-from megatron_taopd.data.tokenizer import load_tokenizer
-from megatron_taopd.errors import ConfigError, DataError, ModelError
+from megatron_taopd.errors import ModelError
 from megatron_taopd.models import LoadedModel
 from megatron_taopd.rollout.config import RolloutConfig
 from megatron_taopd.rollout.megatron.generation import Answer, Decoding, generate
 from megatron_taopd.rollout.megatron.lockstep import finish_together
 from megatron_taopd.rollout.megatron.module_state import ready_for_inference
 from megatron_taopd.rollout.megatron.shares import context_share, join_shares
-
-logger = logging.getLogger(__name__)
+from megatron_taopd.rollout.responses import Responses
 
 DEFAULT_BATCH_SIZE = 64
 
@@ -57,26 +54,12 @@ class MegatronEngine:
         Raises:
             ConfigError: responses are longer than the student's positions.
         """
-        limit = student.hf.max_position_embeddings
-        if config.max_response_length >= limit:
-            raise ConfigError(
-                f"--max-response-length {config.max_response_length} leaves no room for a prompt: "
-                f"{student.hf.path} has {limit} positions; lower it"
-            )
         self.student = student
         self.config = config
         self.seed = seed
-        self.vocab_size = min(vocab_size or student.hf.vocab_size, student.hf.vocab_size)
-        self.tokenizer = tokenizer if tokenizer is not None else load_tokenizer(student.hf.path)
+        self.responses = Responses(student.hf, config, vocab_size=vocab_size, tokenizer=tokenizer)
         self.keep_hidden = keep_hidden
         self.progress = progress
-        if not student.hf.eos_token_ids:
-            logger.warning(
-                "%s names no stop token (eos_token_id of generation_config.json or config.json): every "
-                "response will have --max-response-length %d tokens",
-                student.hf.path,
-                config.max_response_length,
-            )
 
     def generate(self, prompts: Sequence[Prompt], *, step: int, sample_offset: int) -> list[Rollout]:
         """One response a prompt, in order; see the protocol.
@@ -85,14 +68,13 @@ class MegatronEngine:
             DataError: a prompt has ids outside the vocabulary, or does not fit the student with its response.
             ModelError: the student's logits are not finite.
         """
-        for prompt in prompts:
-            self._check(prompt)
+        self.responses.check(prompts)
         share = context_share(len(prompts))
         prompts, sample_offset = prompts[share], sample_offset + share.start
         decoding = Decoding(
             seed=self.seed,
             step=step,
-            vocab_size=self.vocab_size,
+            vocab_size=self.responses.vocab_size,
             temperature=self.config.temperature,
             top_p=self.config.top_p,
             stop_tokens=self.student.hf.eos_token_ids,
@@ -124,21 +106,8 @@ class MegatronEngine:
             dtype=self.student.config.params_dtype,
         )
 
-    def _check(self, prompt: Prompt) -> None:
-        highest = max(prompt.tokens)
-        if highest >= self.vocab_size:
-            raise DataError(
-                f"prompt {prompt.id!r} has the token id {highest}, outside the vocabulary of "
-                f"{self.vocab_size} ids; was it made with another tokenizer?"
-            )
-        needed = len(prompt.tokens) + self.config.max_response_length
-        limit = self.student.hf.max_position_embeddings
-        if needed > limit:
-            raise DataError(
-                f"prompt {prompt.id!r} has {len(prompt.tokens)} tokens; with --max-response-length "
-                f"{self.config.max_response_length} that is more than the {limit} positions of "
-                f"{self.student.hf.path}; lower that or --max-prompt-length"
-            )
+    def figures(self) -> dict[str, float]:
+        return {}
 
     def _rollout(self, prompt: Prompt, sample_index: int, answer: Answer) -> Rollout:
         if not all(map(math.isfinite, answer.logprobs)):
@@ -146,20 +115,6 @@ class MegatronEngine:
                 f"the student's logits are not finite at prompt {prompt.id!r}: its weights are broken or "
                 "training diverged (a lower --lr, or --clip-grad)"
             )
-        samples = self.config.num_samples_per_prompt
-        stopped = answer.tokens[-1] in self.student.hf.eos_token_ids
-        return Rollout(
-            id=prompt.id if samples == 1 else f"{prompt.id}/{sample_index % samples}",
-            prompt_tokens=prompt.tokens,
-            response_tokens=answer.tokens,
-            response_logprobs=answer.logprobs,
-            finish_reason="stop" if stopped else "length",
-            prompt=prompt.prompt,
-            messages=prompt.messages,
-            response=None if self.tokenizer is None else self._text(answer.tokens),
-            extra=prompt.extra,
-            hidden_TH=answer.hidden_TH,
+        return self.responses.rollout(
+            prompt, sample_index, tokens=answer.tokens, logprobs=answer.logprobs, hidden_TH=answer.hidden_TH
         )
-
-    def _text(self, tokens: list[int]) -> str:
-        return self.tokenizer.decode(tokens, skip_special_tokens=True)  # type: ignore[union-attr]

@@ -1,0 +1,1 @@
+"""Responses from vLLM and SGLang servers over HTTP. Nothing here imports Megatron."""
