@@ -33,6 +33,9 @@ from megatron_taopd.run_config import (
 from megatron_taopd.teachability import SelectionConfig
 from megatron_taopd.teachability.phases import PhaseConfig
 
+COMPARABLE = ("bf16", "fp8")
+"""What ``taopd score --compare`` knows."""
+
 
 @dataclass(kw_only=True)
 class TrainConfig:
@@ -151,6 +154,11 @@ class ScoreConfig:
     """Recorded rollouts (JSONL); all of them form the batch over which scores and budget are taken."""
     output: str
     """Score table to write: .parquet or .jsonl, a row a response position."""
+    compare: str | None = None
+    """Number formats, with commas between: bf16, fp8. The rows are read by LM heads in each of them as well (fp8 in one
+    stage and in two), and it is told how their statistics and selections differ from those of the models' own heads."""
+    compare_output: str | None = None
+    """The figures of --compare as JSON (default: --output with .compare.json in the place of its ending)."""
     max_response_length: int | None = None
     """Refuse a longer response (tokens)."""
     temperature: float = 1.0
@@ -179,6 +187,7 @@ class ScoreConfig:
             raise ConfigError(f"--output {self.output} must end in .parquet or .jsonl")
         if self.micro_batch_size < 1:
             raise ConfigError(f"--micro-batch-size {self.micro_batch_size} must be at least 1")
+        self._check_compare()
         self.packing.check_micro_batch_size(self.micro_batch_size)
         refuse_two_kernels(self.compile_statistics, self.statistics_kernel)
         if not self.temperature > 0:
@@ -188,6 +197,34 @@ class ScoreConfig:
                 f"--selection-scope {self.selection.selection_scope} has no steps to carry from in taopd score, which "
                 "scores one batch; use global"
             )
+
+    def _check_compare(self) -> None:
+        if self.compare is None:
+            if self.compare_output is not None:
+                raise ConfigError(
+                    f"--compare-output {self.compare_output} has no effect without --compare; add --compare bf16,fp8"
+                )
+            return
+        for name in self.compared:
+            if name not in COMPARABLE or self.compared.count(name) > 1:
+                raise ConfigError(
+                    f"--compare {self.compare}: {name!r} is not one of {', '.join(COMPARABLE)}, or is given twice"
+                )
+        if self.score_head != ScoreHeadConfig():
+            raise ConfigError(
+                "--score-head-precision and --score-head-stages have no effect with --compare, which reads by all "
+                "heads; drop them"
+            )
+
+    @property
+    def compared(self) -> tuple[str, ...]:
+        """The formats of --compare; none without it."""
+        return () if self.compare is None else tuple(name.strip() for name in self.compare.split(","))
+
+    @property
+    def compared_output(self) -> str:
+        """Where the figures of --compare go."""
+        return self.compare_output or self.output.rsplit(".", 1)[0] + ".compare.json"
 
 
 @dataclass(kw_only=True)

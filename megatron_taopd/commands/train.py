@@ -64,10 +64,12 @@ def prepare_training(config: TrainConfig, *, further_hooks: Sequence[Hook], stop
     from megatron_taopd.training.optimizer import build_optimizer, build_scheduler
     from megatron_taopd.training.pair import load_pair
     from megatron_taopd.training.resume import resume
+    from megatron_taopd.training.scoring import check_score_head
     from megatron_taopd.training.sources import open_source
 
     batch, logging_config, checkpoint = config.batch, config.logging, config.checkpoint
     check_statistics_kernel(config.scoring.statistics_kernel, k=config.selection.support_k, device_type=device().type)
+    check_score_head(config.score_head)
     check_writable(config)
     resolved = announce(config, "taopd train", save_to=logging_config.log_dir)
     local_batch_size(batch.global_batch_size, batch.micro_batch_size, config.parallel)

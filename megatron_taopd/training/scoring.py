@@ -12,8 +12,9 @@ import torch
 from megatron_taopd.data.batches import MicroBatch
 from megatron_taopd.errors import ConfigError
 from megatron_taopd.fp8_config import ScoreHeadConfig
+from megatron_taopd.ops.fp8 import refuse_without_fp8_units
 from megatron_taopd.ops.triton_statistics import StatisticsKernel
-from megatron_taopd.platform import distributed
+from megatron_taopd.platform import device, distributed
 from megatron_taopd.teachability import (
     Selection,
     SelectionConfig,
@@ -118,6 +119,19 @@ class RowReader:
             statistics_kernel=statistics_kernel,
             score_head_stages=0 if score_head is None else score_head.stages,
         )
+
+
+def check_score_head(config: ScoreHeadConfig, compared: Sequence[str] = ()) -> None:
+    """Before models are loaded.
+
+    Args:
+        compared: further formats that heads are read in.
+
+    Raises:
+        ConfigError: this machine has no FP8 units for an FP8 head.
+    """
+    if config.stages or "fp8" in compared:
+        refuse_without_fp8_units(device())
 
 
 def refuse_rough_logprobs(reader: RowReader, micro_batches: Sequence[MicroBatch], *, loss: str) -> None:
