@@ -116,6 +116,21 @@ def test_an_update_that_fails_leaves_old_weights_within_the_bound_only(pool, roo
             assert len(metrics(out)) == 1
 
 
+def test_logprobs_that_are_not_the_students_are_warned_of(pool, root: Path, server: RolloutServer) -> None:
+    def at_another_temperature(answer: dict) -> dict:
+        for pair in answer["meta_info"]["output_token_logprobs"]:
+            pair[0] *= 1.5
+        return answer
+
+    server.faults += [at_another_temperature] * 2 * BATCH
+    out = root / "gap"
+    flags = served(server.url, "sglang", out, train_iters=2, temperature=1)
+    assert pool(1).run(train, root, out, flags) == [None]
+    warnings = [json.loads(line)["message"] for line in (out / "warnings.jsonl").read_text().splitlines()]
+    told = [message for message in warnings if "--logprobs-mode processed_logprobs" in message]
+    assert len(told) == 1 and f"{metrics(out)[0]['rollout_logprob_gap']:.2f} nats" in told[0]
+
+
 def test_responses_of_weights_that_are_not_this_runs_are_asked_for_again(
     pool, root: Path, server: RolloutServer
 ) -> None:

@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+LARGE_GAP = 0.1
+"""Nats a token; rounding in bf16 makes some hundredths."""
+
 
 class RolloutServerHook(Hook):
     """Ahead of the first step, and every ``--rollout-weights-every`` steps; after a failure ahead of each next one.
@@ -34,6 +37,7 @@ class RolloutServerHook(Hook):
         self.every = every
         self.written: list[Path] = []
         self.behind = False
+        self.warned = False
 
     @classmethod
     def asked_for(cls, config: TrainConfig, source: ResponseSource) -> list[RolloutServerHook]:
@@ -50,9 +54,24 @@ class RolloutServerHook(Hook):
             self._update(trainer)
 
     def on_step(self, trainer: Trainer, metrics: dict[str, float]) -> None:
+        self._compare(trainer, metrics)
         due = trainer.state.iteration % self.every == 0
         if (due or self.behind) and not trainer.finished:
             self._update(trainer)
+
+    def _compare(self, trainer: Trainer, metrics: dict[str, float]) -> None:
+        """Say once where the servers' log-probabilities are not those of the weights that they should have."""
+        sampled_at = trainer.config.rollout.temperature or 1.0
+        comparable = sampled_at == trainer.temperature and metrics["rollout_staleness_max"] == 0
+        if comparable and metrics["rollout_logprob_gap"] > LARGE_GAP and not self.warned:
+            self.warned = True
+            logger.warning(
+                "iteration %d: the servers' log-probabilities differ from the student's by %.2f nats a token, although "
+                "they have its weights: another temperature (vLLM wants --logprobs-mode processed_logprobs), another "
+                "or a quantised model, or weights that were not loaded",
+                metrics["iteration"],
+                metrics["rollout_logprob_gap"],
+            )
 
     def _update(self, trainer: Trainer) -> None:
         iteration, student = trainer.state.iteration, trainer.pair.student
