@@ -11,7 +11,7 @@ from megatron_taopd.errors import TaopdError
 
 
 def words(root: Path, out: Path, **flags: Any) -> list[str]:
-    """``taopd train`` for three small steps whose responses depend on the weights; ``flags`` come on top."""
+    """``taopd train`` for two small steps whose responses depend on the weights; ``flags`` come on top."""
     given: dict[str, Any] = {
         "student": root / "student",
         "teacher": root / "teacher",
@@ -21,7 +21,7 @@ def words(root: Path, out: Path, **flags: Any) -> list[str]:
         "distillation-temperature": 1,
         "global-batch-size": 8,
         "micro-batch-size": 2,
-        "train-iters": 3,
+        "train-iters": 2,
         "keep-ratio": 0.5,
         "optimizer": "sgd",
         "lr": 2.0,

@@ -120,9 +120,14 @@ def references(root: Path) -> dict[str, tuple[dict[str, torch.Tensor], float, to
     return {case: reference_step(root, case) for case in CASES}
 
 
+def cases_at(layout: str) -> list[str]:
+    """A token's own ratio is the same wherever its response is cut."""
+    return [case for case, (_, kind, _) in CASES.items() if layout != "CP2" or kind == "prefix"]
+
+
 def train_all(root: Path, layout: str) -> None:
     """Runs in every rank."""
-    for case in CASES:
+    for case in cases_at(layout):
         out = root / f"{layout}-{case}"
         cli.run(words(root, case, f"--log-dir={out}", f"--export-hf={out / 'hf'}", *LAYOUTS[layout][1]))
 
@@ -131,7 +136,8 @@ def train_all(root: Path, layout: str) -> None:
 def test_one_sgd_step_equals_hf_autograd(pool, root: Path, references, layout: str) -> None:
     pool(LAYOUTS[layout][0]).run(train_all, root, layout)
     start = load_file(root / "student" / "model.safetensors")
-    for case, (grads, value, weights) in references.items():
+    for case in cases_at(layout):
+        grads, value, weights = references[case]
         out = root / f"{layout}-{case}"
         after = load_file(out / "hf" / "model.safetensors")
         wrong = total = 0.0
