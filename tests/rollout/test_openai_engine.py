@@ -73,7 +73,7 @@ def test_greedy_training_ends_as_with_the_live_student(
     assert server.paths.count(answers) == STEPS * BATCH  # shared by the ranks, none asked twice
     loads = ["/collective_rpc", "/reset_prefix_cache"] if api == "vllm" else ["/update_weights_from_disk"]
     assert [path for path in server.paths if path != answers] == loads * STEPS
-    assert [path.name for path in (out / "weights").iterdir()] == ["iter_0000001"]  # earlier ones are removed
+    assert [path.name for path in (out / "weights").iterdir()] == ["served_0000001"]  # earlier ones are removed
     assert server.weight_version.endswith("-1") == (api == "sglang")
 
 
@@ -104,7 +104,8 @@ def test_an_update_that_fails_leaves_old_weights_within_the_bound_only(pool, roo
     for bound, wanted in ((1, None), (0, ("RolloutError", server.url, "503"))):
         out = root / f"bound{bound}"
         server.update_faults[:] = [lambda answer: answer, "busy"]  # the second update fails
-        flags = served(server.url, "sglang", out, max_staleness=bound, rollout_retries=0, train_iters=3)
+        saved = out / "checkpoints"
+        flags = served(server.url, "sglang", out, max_staleness=bound, rollout_retries=0, train_iters=3, save=saved)
         (message,) = pool(1).run(train, root, out, flags)
         if wanted is None:
             assert message is None
@@ -114,6 +115,12 @@ def test_an_update_that_fails_leaves_old_weights_within_the_bound_only(pool, roo
         else:
             assert all(word in message for word in wanted)
             assert len(metrics(out)) == 1
+            # The run has saved what it had, and goes on from there with the weights of then.
+            assert (saved / "latest_checkpointed_iteration.txt").read_text().strip() == "1"
+            assert pool(1).run(train, root, out, flags | {"load": saved}) == [None]
+            assert [step["rollout_staleness"] for step in metrics(out)] == [0, 0, 0]
+            assert server.weight_version.endswith("-2")
+            assert [path.name for path in (out / "weights").iterdir()] == ["served_0000002"]
 
 
 def test_logprobs_that_are_not_the_students_are_warned_of(pool, root: Path, server: RolloutServer) -> None:

@@ -28,14 +28,14 @@ LARGE_GAP = 0.1
 class RolloutServerHook(Hook):
     """Ahead of the first step, and every ``--rollout-weights-every`` steps; after a failure ahead of each next one.
 
-    A directory an update, because servers may still read the one before; that is removed when all have loaded.
+    A directory an update, because servers may still read the one before; those before, also of an earlier start of the
+    run, are removed when all have loaded.
     """
 
     def __init__(self, engine: OpenAIEngine, directory: str, every: int) -> None:
         self.engine = engine
         self.directory = Path(directory)
         self.every = every
-        self.written: list[Path] = []
         self.behind = False
         self.warned = False
 
@@ -75,10 +75,9 @@ class RolloutServerHook(Hook):
 
     def _update(self, trainer: Trainer) -> None:
         iteration, student = trainer.state.iteration, trainer.pair.student
-        path = self.directory / f"iter_{iteration:07d}"
+        path = self.directory / f"served_{iteration:07d}"
         started = time.perf_counter()
         export_hf(student.modules, student.hf, path)
-        self.written.append(path)
         exported = time.perf_counter()
         try:
             self.engine.load_weights(path, iteration)
@@ -101,6 +100,6 @@ class RolloutServerHook(Hook):
             time.perf_counter() - exported,
         )
         if distributed.is_rank_zero():
-            for earlier in self.written[:-1]:
-                shutil.rmtree(earlier, ignore_errors=True)
-        self.written = self.written[-1:]
+            for earlier in self.directory.glob("served_" + 7 * "[0-9]"):
+                if earlier != path:
+                    shutil.rmtree(earlier, ignore_errors=True)
