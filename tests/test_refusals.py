@@ -228,7 +228,7 @@ CASES: dict[str, tuple[Callable[[Path], tuple[str, ...]], int, tuple[str, ...]]]
         1,
         ("--max-packed-length 5", "'r", "tokens"),
     ),
-    "engine without a server": (flags("--rollout-engine=openai"), 0, ("openai", "--rollout-url")),
+    "recorded responses for a server": (flags("--rollout-engine=openai"), 0, ("--rollout-data", "openai")),
     "greedy without a distillation temperature": (
         flags("--temperature=0"),
         0,
