@@ -20,9 +20,9 @@ from typing import Any, Literal
 import torch
 
 Json = dict[str, Any]
-Fault = Literal["busy", "reset", "torn", "silent"] | Callable[[Json], Json]
-"""Instead of an answer: status 503, a lost connection, a half answer, none for a while; or an answer changed on its
-way."""
+Fault = Literal["busy", "moved", "reset", "torn", "silent"] | Callable[[Json], Json]
+"""Instead of an answer: status 503, a redirection to ``elsewhere``, a lost connection, a half answer, none for a while; or
+an answer changed on its way."""
 
 
 class RefusedError(Exception):
@@ -46,6 +46,7 @@ class RolloutServer:
         """To make answers slower than they are."""
         self.faults: list[Fault] = []
         """Taken one by one by the next requests for a response."""
+        self.elsewhere = ""
         self.update_faults: list[Fault] = []
         """The same, by requests to load weights."""
         self.paths: list[str] = []
@@ -206,6 +207,8 @@ class _Handler(BaseHTTPRequestHandler):
             return self._send(400, {"success": False, "message": str(error)})
         if fault == "busy":
             self._send(503, {"error": "busy"})
+        elif fault == "moved":
+            self._send(307, {}, location=self.owner.elsewhere + self.path)
         elif fault == "reset":
             self._reset()
         elif fault == "torn":
@@ -227,10 +230,12 @@ class _Handler(BaseHTTPRequestHandler):
         self.rfile.close()
         self.connection.close()
 
-    def _send(self, status: int, body: Json) -> None:
+    def _send(self, status: int, body: Json, *, location: str | None = None) -> None:
         data = json.dumps(body).encode()
         self.send_response(status)
         self.send_header("Content-Type", "application/json")
+        if location is not None:
+            self.send_header("Location", location)
         self.send_header("Content-Length", str(len(data)))
         self.end_headers()
         self.wfile.write(data)

@@ -162,6 +162,21 @@ def test_no_server_at_all() -> None:
         assert word in message
 
 
+def test_nothing_but_the_given_server_is_contacted(
+    server: RolloutServer, directories: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with RolloutServer(directories[1]) as other:
+        server.faults += ["moved"] * 8
+        server.elsewhere = other.url
+        message = failure_of(requests(server, "sglang"))
+        assert "307" in message and "not followed" in message
+        server.faults.clear()
+        monkeypatch.setenv("http_proxy", other.url)
+        monkeypatch.setenv("ALL_PROXY", other.url)
+        ask(requests(server, "sglang"))
+        assert other.paths == []
+
+
 def test_a_server_never_sees_more_requests_than_allowed(server: RolloutServer) -> None:
     server.seconds_per_answer = 0.05
     asking = requests(server, "vllm", at_once=3)

@@ -18,7 +18,9 @@ FIRST_PAUSE, LONGEST_PAUSE = 0.25, 30.0
 CONNECT_TIMEOUT = 10.0
 BUSY = (429, 502, 503, 504)
 """Statuses that pass."""
+_MOVED = "redirections are not followed: give the server's own address"
 _HINTS = {
+    **dict.fromkeys((301, 302, 303, 307, 308), _MOVED),
     400: "it refuses the request: is its context long enough for prompt and response, and --rollout-api right?",
     401: "the key of --rollout-api-key-env is missing or wrong",
     403: "the key of --rollout-api-key-env is missing or wrong",
