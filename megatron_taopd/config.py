@@ -68,8 +68,8 @@ class TrainConfig:
         self.rollout_server.check_against(self.rollout, train_iters=self.batch.train_iters)
         if self.rollout.rollout_engine != "file" and self.data.prompt_data is None:
             raise ConfigError(
-                f"--rollout-engine {self.rollout.rollout_engine} answers the prompts of --prompt-data, which is missing; "
-                "give a JSONL file with `prompt` or `messages`, or recorded responses with --rollout-engine file "
+                f"--rollout-engine {self.rollout.rollout_engine} answers the prompts of --prompt-data, which is "
+                "missing; give a JSONL file with `prompt` or `messages`, or recorded responses with --rollout-engine file "
                 "--rollout-data"
             )
         if self.rollout.rollout_engine == "file" and self.data.prompt_data is not None:

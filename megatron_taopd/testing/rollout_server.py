@@ -21,8 +21,8 @@ import torch
 
 Json = dict[str, Any]
 Fault = Literal["busy", "moved", "reset", "torn", "silent"] | Callable[[Json], Json]
-"""Instead of an answer: status 503, a redirection to ``elsewhere``, a lost connection, a half answer, none for a while; or
-an answer changed on its way."""
+"""Instead of an answer: status 503, a redirection to ``elsewhere``, a lost connection, a half answer, none for a while;
+or an answer changed on its way."""
 
 
 class RefusedError(Exception):
