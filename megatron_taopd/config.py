@@ -69,8 +69,8 @@ class TrainConfig:
         if self.rollout.rollout_engine != "file" and self.data.prompt_data is None:
             raise ConfigError(
                 f"--rollout-engine {self.rollout.rollout_engine} answers the prompts of --prompt-data, which is "
-                "missing; give a JSONL file with `prompt` or `messages`, or recorded responses with --rollout-engine file "
-                "--rollout-data"
+                "missing; give a JSONL file with `prompt` or `messages`, or recorded responses with --rollout-engine "
+                "file --rollout-data"
             )
         if self.rollout.rollout_engine == "file" and self.data.prompt_data is not None:
             raise ConfigError(
