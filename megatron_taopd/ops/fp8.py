@@ -1,7 +1,9 @@
 """An LM head in FP8: e4m3 numbers with one scale a row of weights and a row of hidden states, multiplied in FP8.
 
-Scales are current, from the values that are scaled and nothing else. Shapes: R rows, H hidden size, V ids of this shard
-that exist in the real vocabulary.
+Scales are current, from the values that are scaled and nothing else. A few columns of the head stay out of FP8: final
+hidden states have channels that outweigh all others, and the error of FP8 is that of the largest terms of a sum.
+
+Shapes: R rows, H hidden size, V ids of this shard that exist in the real vocabulary, E columns that stay exact.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ from dataclasses import dataclass, field
 import torch
 
 from megatron_taopd.errors import ConfigError
+from megatron_taopd.ops.collectives import all_reduce_sum
 from megatron_taopd.ops.head import HeadShard
 from megatron_taopd.ops.tiles import slices
 
@@ -18,6 +21,9 @@ E4M3 = torch.float8_e4m3fn
 E4M3_MAX = 448.0
 FP8_CAPABILITY = (8, 9)
 """Oldest CUDA compute capability whose tensor cores multiply FP8 numbers: Ada; Hopper is 9.0, Blackwell 10.0."""
+
+EXACT_COLUMNS = 32
+"""Columns that stay out of FP8, at most (and at most an eighth of all)."""
 
 _MULTIPLE = 16  # CUDA's FP8 product wants both sides of the weights to be multiples of it
 _ROWS_AT_ONCE = 4096  # of the head that are held in fp32 while they are scaled
@@ -46,10 +52,14 @@ class Fp8Head(HeadShard):
     """e4m3 [V, H], both rounded up to multiples of 16 with zeros."""
     scale_V: torch.Tensor = field(kw_only=True)
     """fp32; undoes the scaling of each row."""
+    energy_H: torch.Tensor = field(kw_only=True)
+    """fp32; sum of squares of each column over the whole vocabulary."""
 
     @classmethod
     def of(cls, head: HeadShard) -> Fp8Head:
-        """The same shard in FP8. It keeps the exact weights as well, for gradients and single ids.
+        """The same shard in FP8. It keeps the exact weights as well, for single ids and the columns that stay exact.
+
+        All ranks of the group call it: one all-reduce of H numbers.
 
         Raises:
             ConfigError: on a CUDA device that has no FP8 units.
@@ -58,9 +68,19 @@ class Fp8Head(HeadShard):
         weight_VH = head.valid_weight()
         numbers = torch.zeros(*map(_rounded_up, weight_VH.shape), dtype=E4M3, device=weight_VH.device)
         scale_V = torch.empty(weight_VH.shape[0], dtype=torch.float32, device=weight_VH.device)
+        energy_H = torch.zeros(weight_VH.shape[1], dtype=torch.float32, device=weight_VH.device)
         for rows in slices(weight_VH.shape[0], _ROWS_AT_ONCE):
             numbers[rows, : weight_VH.shape[1]], scale_V[rows] = quantize_rows(weight_VH[rows])
-        return cls(head.weight, head.vocab_start, head.vocab_size, head.group, numbers=numbers, scale_V=scale_V)
+            energy_H += weight_VH[rows].float().square().sum(0)
+        return cls(
+            head.weight,
+            head.vocab_start,
+            head.vocab_size,
+            head.group,
+            numbers=numbers,
+            scale_V=scale_V,
+            energy_H=all_reduce_sum(energy_H, head.group),
+        )
 
     @property
     def num_bytes(self) -> int:
@@ -81,13 +101,22 @@ class Fp8Head(HeadShard):
             out = hidden_RH.new_empty(hidden_RH.shape[0], stop - start, dtype=self.logits_dtype)
         if not out.numel():
             return out
-        numbers_RH, scale_R = quantize_rows(hidden_RH)
+        hidden_RH = hidden_RH.detach()
+        columns_E = self.exact_columns(hidden_RH)
+        exact = HeadShard(self.valid_weight()[start:stop].index_select(1, columns_E), 0, stop - start)
+        numbers_RH, scale_R = quantize_rows(hidden_RH.index_fill(1, columns_E, 0.0))
         missing = self.numbers.shape[1] - numbers_RH.shape[1]
         if missing:
             numbers_RH = torch.cat([numbers_RH, numbers_RH.new_zeros(numbers_RH.shape[0], missing)], dim=1)
-        product_RW = _product(numbers_RH, self.numbers[start : start + _rounded_up(stop - start)])
-        torch.mul(product_RW[:, : stop - start], self.scale_V[start:stop], out=out)
-        return out.mul_((scale_R / temperature)[:, None])
+        product_RW = _product(numbers_RH, self.numbers[start : start + _rounded_up(stop - start)])[:, : stop - start]
+        exact.logits(hidden_RH.index_select(1, columns_E), out=out)
+        out.addcmul_(product_RW.mul_(scale_R[:, None]), self.scale_V[start:stop])
+        return out if temperature == 1.0 else out.div_(temperature)
+
+    def exact_columns(self, hidden_RH: torch.Tensor) -> torch.Tensor:
+        """The columns [E] that add most to the logits of these rows, the same on every rank."""
+        energy_H = hidden_RH.float().square().mean(0) * self.energy_H
+        return energy_H.topk(min(EXACT_COLUMNS, energy_H.numel() // 8)).indices
 
 
 def refuse_without_fp8_units(device: torch.device) -> None:
