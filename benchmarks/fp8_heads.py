@@ -2,8 +2,9 @@
 
     python benchmarks/fp8_heads.py [--rows 2048] [--vocab 151936] [--hidden 1024] [--out FILE.json]
 
-Teacher and student differ by noise on hidden states and heads. ``flat``: logits spread by 2; ``peaked``: by 5, a few ids
-hold nearly all mass; ``outlying``: peaked, with 4 channels of the hidden states 30 times the others, as in real models.
+Teacher and student differ by noise on hidden states and heads. ``flat``: logits spread by 2; ``peaked``: by 5, a few
+ids hold nearly all mass; ``outlying``: peaked, with 4 channels of the hidden states 30 times the others, as in real
+models.
 """
 
 from __future__ import annotations

@@ -138,6 +138,11 @@ class TrainConfig:
                 raise ConfigError(
                     "--fp8-param-gather cannot be combined with --fp8-recipe mxfp8 in training in this version"
                 )
+        if self.score_head.stages and self.loss.importance_ratio != "none":
+            raise ConfigError(
+                f"--importance-ratio {self.loss.importance_ratio} weighs losses by the student's log-probabilities of "
+                "scoring, which --score-head-precision fp8 makes inexact; drop one of them"
+            )
         teacher = self.teacher_fp8.fp8_settings()
         if teacher is not None and teacher.param_gather and self.scoring.offload_teacher:
             raise ConfigError(

@@ -9,7 +9,7 @@ from megatron_taopd.errors import ConfigError
 
 Fp8Format = Literal["e4m3", "hybrid"]
 Fp8Recipe = Literal["delayed", "tensorwise", "blockwise", "mxfp8"]
-DEFAULT_RECIPE = "tensorwise"
+DEFAULT_RECIPE: Fp8Recipe = "tensorwise"
 
 _OF_DELAYED = {
     "fp8_margin": "its scales leave this many powers of two unused",
@@ -144,7 +144,7 @@ def _settings(config: Fp8Config | TeacherFp8Config, *, prefix: str) -> Fp8Settin
             shown = flag(name) if value is True else f"{flag(name)} {value}"
             raise ConfigError(f"{shown} has no effect without {flag('fp8_format')}; set that too or drop this")
         return None
-    recipe = get("fp8_recipe") or DEFAULT_RECIPE
+    recipe: Fp8Recipe = get("fp8_recipe") or DEFAULT_RECIPE
     if recipe != "delayed":
         for name, meaning in _OF_DELAYED.items():
             if name in given:

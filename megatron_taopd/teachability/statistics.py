@@ -175,7 +175,7 @@ def statistics_by_support(
     plan = TilePlan.within(logits_chunk_bytes, num_rows=num_rows, num_ids=student_head.weight.shape[0])
     widest = max(k for k, _ in supports)
     candidates = widest if rough_heads is None else rough_candidates(widest, student_head.vocab_size)
-    reader: LogitReader | TwoStageReader = LogitReader(
+    first = LogitReader(
         *(rough_heads or (student_head, teacher_head)),
         plan,
         k=candidates,
@@ -183,8 +183,7 @@ def statistics_by_support(
         compiled=compiled,
         kernel=kernel,
     )
-    if rough_heads is not None:
-        reader = TwoStageReader(reader, student_head, teacher_head, k=widest)
+    reader = first if rough_heads is None else TwoStageReader(first, student_head, teacher_head, k=widest)
     parts: dict[Support, list[TokenStatistics]] = {support: [] for support in supports}
     for rows in plan.row_slices(num_rows):
         reading = reader.read(student_hidden_RH[rows], teacher_hidden_RH[rows], token_ids_R[rows])

@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 
 import torch
+from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
@@ -14,9 +15,11 @@ from megatron_taopd.run_config import OptimizationConfig
 
 
 def build_optimizer(
-    config: OptimizationConfig, model_chunks: Sequence[torch.nn.Module], *, bf16: bool
+    config: OptimizationConfig, model_chunks: Sequence[DistributedDataParallel], *, bf16: bool
 ) -> MegatronOptimizer:
     """Megatron's optimizer over DDP-wrapped chunks; with ``bf16`` it keeps fp32 main weights."""
+    model = model_chunks[0].config
+    fp8_recipe = model.fp8_recipe if model.fp8 else None
     return get_megatron_optimizer(
         OptimizerConfig(
             optimizer=config.optimizer,
@@ -32,7 +35,7 @@ def build_optimizer(
             bf16=bf16,
             params_dtype=torch.bfloat16 if bf16 else torch.float32,
             use_distributed_optimizer=config.use_distributed_optimizer,
-            fp8_recipe=model_chunks[0].config.fp8_recipe if model_chunks[0].config.fp8 else None,
+            fp8_recipe=fp8_recipe,
         ),
         list(model_chunks),
     )

@@ -168,6 +168,14 @@ def test_flags_that_do_not_go_together(
         assert word in message
 
 
+def test_the_loss_is_weighed_by_exact_log_probabilities() -> None:
+    words = ["--student=s", "--teacher=t", "--rollout-engine=file", "--rollout-data=r", "--importance-ratio=token"]
+    cli.parse(TrainConfig, words, name="train")
+    with pytest.raises((ConfigError, SystemExit)) as refusal:
+        cli.parse(TrainConfig, [*words, "--score-head-precision=fp8"], name="train")
+    assert refusal.type is SystemExit or "--importance-ratio token weighs" in str(refusal.value)
+
+
 def test_stages_of_the_head() -> None:
     assert ScoreHeadConfig().stages == 0
     assert ScoreHeadConfig(score_head_precision="fp8").stages == 2
