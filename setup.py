@@ -73,6 +73,8 @@ setup(
             *REPORT,
             *EVAL,
             *SERVER,
+            # torch's CPU wheels leave it out; the range lets a torch for CUDA keep the one that it asks for.
+            "triton>=3.7; sys_platform == 'linux'",
             "pytest>=8",
             "ruff==0.17.6",  # formats and lints differ between releases
             "mypy==2.4.1",

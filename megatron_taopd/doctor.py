@@ -19,6 +19,8 @@ PACKAGES = {
     "transformers": "transformers",
     "safetensors": "safetensors",
     "transformer-engine": "transformer_engine",
+    "flash-attn": "flash_attn",
+    "triton": "triton",
     "nemo-run": "nemo_run",
 }
 
@@ -121,13 +123,18 @@ def what_is_used(machine: Machine) -> list[str]:
         )
     if machine.has_transformer_engine:
         lines.append("layers: Transformer Engine")
-        lines.append("attention: Transformer Engine")
+        flash = machine.versions.get("flash-attn")
+        lines.append(
+            f"attention: Transformer Engine{'' if flash is None else f', flash-attn {flash} among its kernels'}"
+        )
         lines.append("optimizer: fused Adam of Transformer Engine")
     else:
         lines.append("layers: megatron-core's local layers with our RMSNorm (sequence parallelism works)")
         lines.append("attention: torch scaled_dot_product_attention")
         fused = machine.apex == "nvidia" and bool(machine.gpus)
         lines.append(f"optimizer: {'fused Adam of Apex' if fused else 'torch AdamW'}")
+    lines.append("gradient accumulation fusion, all that Apex adds to Transformer Engine: off")
+    lines.append(f"statistics: torch; --statistics-kernel triton is {statistics_kernel_verdict(machine)}")
     lines.append(f"fp8 layers: {fp8_verdict(machine)}")
     lines.append(f"fp8 head of scoring: {fp8_head_verdict(machine)}")
     if machine.gpus:
@@ -163,6 +170,15 @@ def fp8_head_verdict(machine: Machine) -> str:
         needed, found = (".".join(map(str, capability)) for capability in (FP8_CAPABILITY, unable[0].capability))
         return f"not possible, {unable[0].name} has compute capability {found} and {needed} is needed"
     return "possible"
+
+
+def statistics_kernel_verdict(machine: Machine) -> str:
+    """Whether --statistics-kernel triton can be used."""
+    if not machine.gpus:
+        return "not possible, no CUDA device"
+    if machine.versions.get("triton") is None:
+        return "not possible, triton is missing: pip install triton"
+    return "possible, and not yet tried on a GPU: run tools/check_kernels.py first"
 
 
 def warnings(machine: Machine) -> list[str]:

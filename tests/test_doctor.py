@@ -10,7 +10,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_taopd.doctor import Gpu, Machine, fp8_head_verdict, fp8_verdict, inspect_machine, report, what_is_used
+from megatron_taopd.doctor import (
+    Gpu,
+    Machine,
+    fp8_head_verdict,
+    fp8_verdict,
+    inspect_machine,
+    report,
+    statistics_kernel_verdict,
+    what_is_used,
+)
 
 CPU = Machine(python="3.11", versions={"megatron-core": "0.16.1", "transformer-engine": None}, apex=None)
 HOPPER = Gpu(name="H100", capability=(9, 0), memory_bytes=80 * 2**30)
@@ -65,6 +74,20 @@ def test_layers_follow_transformer_engine_and_cuda() -> None:
     assert "layers: Transformer Engine" in what_is_used(replace(CPU, gpus=[HOPPER], versions=WITH_TE))
     for machine in (CPU, replace(CPU, gpus=[HOPPER]), replace(CPU, versions=WITH_TE)):
         assert any("local layers" in line for line in what_is_used(machine))
+
+
+def test_the_triton_kernel_needs_triton_and_a_gpu() -> None:
+    with_triton = {**WITH_TE, "triton": "3.5.0"}
+    assert "no CUDA device" in statistics_kernel_verdict(replace(CPU, versions=with_triton))
+    assert "triton is missing" in statistics_kernel_verdict(replace(CPU, gpus=[HOPPER]))
+    assert statistics_kernel_verdict(replace(CPU, gpus=[HOPPER], versions=with_triton)).startswith("possible")
+
+
+def test_flash_attention_is_named_where_transformer_engine_runs_it() -> None:
+    with_flash = {**WITH_TE, "flash-attn": "2.7.4"}
+    lines = what_is_used(replace(CPU, gpus=[HOPPER], versions=with_flash))
+    assert "attention: Transformer Engine, flash-attn 2.7.4 among its kernels" in lines
+    assert not any("flash-attn" in line for line in what_is_used(replace(CPU, versions=with_flash)))
 
 
 def test_an_empty_machine_is_no_error() -> None:
