@@ -1,4 +1,4 @@
-"""What the makers' data sheets say about GPUs: dense rates, without sparsity."""
+"""GPUs: memory as the driver reports it, rates from the makers' data sheets (dense, without sparsity)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ class Gpu:
     """One GPU and its links."""
 
     memory_gib: float
-    """Memory (GiB)."""
+    """Memory that the driver reports (GiB); the gigabytes of a name are neither these nor 1e9 bytes."""
     bf16_tflops: float
     """Dense bf16 matrix products (TFLOP/s)."""
     fp8_tflops: float | None
@@ -33,12 +33,12 @@ GPUS: dict[str, Gpu] = {
         memory_gib=80, bf16_tflops=312, fp8_tflops=None, memory_gbps=2039, nvlink_gbps=300, network_gbps=25
     ),
     "h100-80gb": Gpu(
-        memory_gib=80, bf16_tflops=989, fp8_tflops=1979, memory_gbps=3350, nvlink_gbps=450, network_gbps=50
+        memory_gib=79.6, bf16_tflops=989, fp8_tflops=1979, memory_gbps=3350, nvlink_gbps=450, network_gbps=50
     ),
     "h200-141gb": Gpu(
-        memory_gib=131, bf16_tflops=989, fp8_tflops=1979, memory_gbps=4800, nvlink_gbps=450, network_gbps=50
+        memory_gib=140.4, bf16_tflops=989, fp8_tflops=1979, memory_gbps=4800, nvlink_gbps=450, network_gbps=50
     ),
     "b200-180gb": Gpu(
-        memory_gib=167, bf16_tflops=2250, fp8_tflops=4500, memory_gbps=8000, nvlink_gbps=900, network_gbps=50
+        memory_gib=178.3, bf16_tflops=2250, fp8_tflops=4500, memory_gbps=8000, nvlink_gbps=900, network_gbps=50
     ),
 }
