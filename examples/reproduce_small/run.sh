@@ -14,7 +14,7 @@ plots=()
 for regime in "$@"; do
     packed=docs/reproduction/$regime.jsonl
     [ ! -f "$packed" ] || "$python" $here/results.py unpack "$packed" "$build/$regime/suite"
-    [ "$regime" = far-reverse ] || "$python" $here/control.py "$here/$regime.yaml"
+    "$python" $here/control.py "$here/${regime%-reverse}.yaml"  # far-reverse has the control of far
     "$python" -m megatron_taopd suite run --suite "$here/$regime.yaml" --out "$build/$regime/suite"
     "$python" $here/results.py pack "$build/$regime/suite" "$packed"
     cp "$build/$regime/suite/table.md" "docs/reproduction/$regime.md"
