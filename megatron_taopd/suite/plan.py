@@ -96,6 +96,7 @@ class Plan:
         self.out = Path(out)
         self._configs: dict[Cell, TrainConfig] = {}
         self._fingerprints: dict[str, str] = {}
+        self._models: dict[str, str] = {}
         self.tasks: dict[str, list[Task]] = {HELD_OUT: [], VALIDATION: []}
         """Of each set, once they are loaded."""
 
@@ -186,6 +187,7 @@ class Plan:
 
         Raises:
             ConfigError: settings are refused, or a model directory is missing.
+            ModelError: a directory holds no model.
             DataError: a data file is missing.
         """
         for name, measured in self.sets.items():
@@ -200,12 +202,10 @@ class Plan:
     def _check_paths(self, run: Run) -> None:
         config = self.config(run)
         where = f"suite {self.suite.path}: {run}"
-        models = {"student": config.models.student} | {
-            f"teacher {name or ''}".strip(): path for name, path in config.models.named_teachers()
-        }
-        for what, path in models.items():
+        for what, path in self._models_of(run).items():
             if not Path(path).is_dir():
                 raise ConfigError(f"{where}: {what} {path} is no directory")
+            self._model_fingerprint(path)
         for what, file in {"prompt_data": config.data.prompt_data, "rollout_data": config.rollout.rollout_data}.items():
             if file is not None and not Path(file).is_file():
                 raise DataError(f"{where}: {what} {file} is no file")
@@ -232,7 +232,11 @@ class Plan:
                 )
 
     def identity(self, run: Run) -> dict[str, Any]:
-        """What a run's numbers depend on: settings, and contents of the data files."""
+        """What a run's numbers depend on: settings, and contents of the data files and models.
+
+        Raises:
+            ModelError: a directory holds no model.
+        """
         settings = {k: v for k, v in flat_values(self.config(run)).items() if k not in CHANGES_NOTHING}
         files = {key: self._fingerprint(settings[key]) for key in ("prompt_data", "rollout_data") if settings[key]}
         for name in self.sets_of(run):
@@ -241,7 +245,21 @@ class Plan:
                 files[name] = self._fingerprint(rollouts)
             for task in self.tasks[name]:
                 files[f"{name} task {task.name}"] = _task_fingerprint(task)
-        return {"settings": settings, "files": files}
+        models = {what: self._model_fingerprint(path) for what, path in self._models_of(run).items()}
+        return {"settings": settings, "files": files, "models": models}
+
+    def _models_of(self, run: Run) -> dict[str, str]:
+        """Directory of the student and of each teacher, by what messages call it."""
+        models = self.config(run).models
+        teachers = {f"teacher {name or ''}".strip(): path for name, path in models.named_teachers()}
+        return {"student": models.student, **teachers}
+
+    def _model_fingerprint(self, path: str) -> str:
+        from megatron_taopd.diagnostics.fingerprints import model_fingerprint  # imports Megatron
+
+        if path not in self._models:
+            self._models[path] = model_fingerprint(path)
+        return self._models[path]
 
     def _fingerprint(self, path: str) -> str:
         if path not in self._fingerprints:

@@ -57,12 +57,12 @@ def read_record(directory: Path) -> dict[str, Any] | None:
 
 
 def check_same(record: dict[str, Any], wanted: dict[str, Any], directory: Path) -> None:
-    """Refuse a finished run that was made with other settings or other data.
+    """Refuse a finished run that was made with other settings, data or models.
 
     Args:
         record: of the finished run.
-        wanted: :meth:`Plan.identity` of the run as the suite file has it now. A key that the record has not was
-            unknown to the version that wrote it, and is passed over; a set that the run was not measured on counts.
+        wanted: :meth:`Plan.identity` of the run as the suite file has it now. A key or model that the record has not
+            was unknown to the version that wrote it, and is passed over; a set that the run was not measured on counts.
 
     Raises:
         ConfigError: naming the first differences.
@@ -77,7 +77,7 @@ def check_same(record: dict[str, Any], wanted: dict[str, Any], directory: Path) 
 
 
 def differing(made: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
-    """In words, what settings and data a run was made with and is now to be made with."""
+    """In words, what settings, data and models a run was made with and is now to be made with."""
     differences = []
     for key, value in _plain(wanted["settings"]).items():
         if key in made["settings"] and made["settings"][key] != value:
@@ -87,6 +87,10 @@ def differing(made: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
             differences.append(f"it was not measured on {name}")
         elif made["files"][name] != digest:
             differences.append(f"the content of {name} has changed")
+    known = made.get("models", {})
+    for name, digest in wanted["models"].items():
+        if known.get(name, digest) != digest:
+            differences.append(f"the {name} has other weights")
     return differences
 
 

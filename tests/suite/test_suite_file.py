@@ -22,6 +22,8 @@ def home(tmp_path: Path) -> Path:
     """Places alone: nothing is loaded here."""
     for name in ("teacher", "student-1", "student-2", "student-3"):
         (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text("{}")
+        (tmp_path / name / "model.safetensors").write_text(name)
     for name in ("prompts", "held_out", "validation"):
         (tmp_path / f"{name}.jsonl").write_text(name)
     return tmp_path
@@ -70,6 +72,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "no file": ({"held_out": {"rollouts": "{home}/no.jsonl"}}, "no.jsonl is no file"),
     "no prompts": ({"settings": {"prompt-data": "{home}/no.jsonl"}}, "prompt_data {home}/no.jsonl is no file"),
     "no student": ({"seeds": [1, 4]}, "full lr 0.01 seed 4: student {home}/student-4 is no directory"),
+    "no model": ({"settings": {"student": "{home}"}}, "{home} has neither config.json (an HF directory) nor"),
     "no teacher": ({"settings": {"teacher": "{home}/no"}}, "teacher {home}/no is no directory"),
     "combination": ({"settings": {"loss": "jsd", "loss-support": "union"}}, "full: taopd train refuses these settings"),
 }
@@ -168,5 +171,13 @@ def test_a_finished_run_of_other_settings_is_an_error_that_names_them(home: Path
     with pytest.raises(ConfigError, match="the content of prompt_data has changed"):
         check_same(record, identity(), home)
     (home / "prompts.jsonl").write_text("prompts")
+    for model, what in (("student-1", "student"), ("teacher", "teacher")):
+        (home / model / "model.safetensors").write_text("another")
+        with pytest.raises(ConfigError, match=f"the {what} has other weights"):
+            check_same(record, identity(), home)
+        unknown = {key: value for key, value in record.items() if key != "models"}  # of a version that knew no models
+        check_same(unknown, identity(), home)
+        (home / model / "model.safetensors").write_text(model)
+    check_same(record, identity(), home)
     with pytest.raises(ConfigError, match="it was not measured on held_out"):
         check_same({**record, "files": {"prompt_data": record["files"]["prompt_data"]}}, identity(), home)
