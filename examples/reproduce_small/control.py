@@ -10,6 +10,7 @@ OUT/REGIME/control/student-SEED, which the suite measures as they are, and OUT/R
 from __future__ import annotations
 
 import argparse
+import filecmp
 import json
 import shutil
 import sys
@@ -24,6 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 import torch
 import yaml
 from prepare import CONTROL, REGIMES, Sizes, load, make, save, workings
+from results import write_aside
 from sft import fine_tune
 
 
@@ -35,6 +37,12 @@ def write_control(path: Path, student: Path, *, regime: str, seed: int, lr: floa
     data = workings(CONTROL + seed, sizes, REGIMES[regime].silent)
     fine_tune(model, data, steps=settings["train-iters"], lr=lr, warmup=settings["lr-warmup-iters"], decay=True)
     save(model, path)
+
+
+def is_copy(path: Path, source: Path) -> bool:
+    """Whether a directory has the files of another, and each with the same content."""
+    names = [file.name for file in source.iterdir()]
+    return filecmp.cmpfiles(source, path, names, shallow=False)[0] == names
 
 
 @torch.no_grad()
@@ -77,12 +85,15 @@ def main() -> None:
     }
     best = min(rates, key=lambda lr: means[lr])
     choice = {"validation_kl_forward": {f"{lr:g}": value for lr, value in means.items()}, "chosen_lr": best}
-    (home / "control" / "choice.json").write_text(json.dumps(choice, indent=1) + "\n", encoding="utf-8")
+    write_aside(home / "control" / "choice.json", json.dumps(choice, indent=1) + "\n")
     print(choice)
     for seed in suite["seeds"]:
-        chosen = home / "control" / f"student-{seed}"
-        shutil.rmtree(chosen, ignore_errors=True)  # of another choice
-        make(chosen, partial(shutil.copytree, directory(best, seed)))
+        source = directory(best, seed)
+        make(
+            home / "control" / f"student-{seed}",
+            partial(shutil.copytree, source),
+            is_right=partial(is_copy, source=source),  # one of another choice is replaced
+        )
 
 
 if __name__ == "__main__":

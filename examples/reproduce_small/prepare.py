@@ -14,6 +14,8 @@ Run it from the root of the repository:
 from __future__ import annotations
 
 import argparse
+import contextlib
+import fcntl
 import json
 import random
 import shutil
@@ -79,17 +81,32 @@ CALCULATED = frozenset({"+", "-"})
 JUMPS = 0.15
 
 
-def make(path: Path, write: Callable[[Path], None]) -> None:
-    """Call ``write`` on a place aside and move the result to ``path``, unless that is there already."""
-    if path.exists():
-        return
+@contextlib.contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """One process at a time makes ``path``: the others wait. A process that dies gives the lock back."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".partial-{path.name}")
-    if aside.is_dir():
-        shutil.rmtree(aside)
-    started = time.perf_counter()
-    write(aside)
-    aside.rename(path)
+    with path.with_name(f".lock-{path.name}").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def make(path: Path, write: Callable[[Path], object], *, is_right: Callable[[Path], bool] = Path.exists) -> None:
+    """Call ``write`` on a place aside and move the result to ``path``, unless what is there is right already.
+
+    Any number of processes may call it at once; one of them writes.
+    """
+    if is_right(path):
+        return
+    with locked(path):
+        if is_right(path):
+            return  # another process made it meanwhile
+        aside = path.with_name(f".partial-{path.name}")
+        for old in (aside, path):
+            if old.is_dir():
+                shutil.rmtree(old)
+        started = time.perf_counter()
+        write(aside)
+        aside.rename(path)
     print(f"{path}: made in {time.perf_counter() - started:.0f} s", flush=True)
 
 

@@ -1,7 +1,8 @@
-"""Records of a suite in one small file that can be committed, and back; plots of both regimes.
+"""Records of a suite in one small file that can be committed, and back; what collapsed; a plot of all regimes.
 
     python examples/reproduce_small/results.py pack build/reproduce_small/near/suite docs/reproduction/near.jsonl
     python examples/reproduce_small/results.py unpack docs/reproduction/near.jsonl build/reproduce_small/near/suite
+    python examples/reproduce_small/results.py collapsed build/reproduce_small/near/suite near-collapse.yaml
     python examples/reproduce_small/results.py plot --out docs/reproduction/comparison.png \\
         near=build/reproduce_small/near/suite far=build/reproduce_small/far/suite
 
@@ -12,10 +13,17 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import sys
 from pathlib import Path
 from typing import Any
 
-SUITE_FILE = "suite.yaml"
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+from collapse import collapsed_rows, suite_of
+from plotting import plot
+
+SUITE_FILE, TABLE = "suite.yaml", "table.json"
 LEFT_OUT = ("host",)
 """The machine's name is nobody's business."""
 
@@ -41,8 +49,7 @@ def pack(suite: Path, packed: Path) -> int:
                 "absent": [index for index, column in enumerate(columns) if column not in record],
             }
         )
-    packed.parent.mkdir(parents=True, exist_ok=True)
-    packed.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    write_aside(packed, "".join(json.dumps(line) + "\n" for line in lines))
     return len(records)
 
 
@@ -56,13 +63,38 @@ def unpack(packed: Path, suite: Path) -> int:
             continue
         absent = set(line["absent"])
         own = {c: line["values"][i] for i, c in enumerate(head["columns"]) if i not in absent}
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(nest(head["common"] | own), indent=1) + "\n", encoding="utf-8")
+        write_aside(path, json.dumps(nest(head["common"] | own), indent=1) + "\n")
         written += 1
     if not (suite / SUITE_FILE).exists():
-        suite.mkdir(parents=True, exist_ok=True)
-        (suite / SUITE_FILE).write_text(head["suite"], encoding="utf-8")
+        write_aside(suite / SUITE_FILE, head["suite"])
     return written
+
+
+def write_aside(path: Path, text: str) -> None:
+    """Write a file that other processes may read, or write the same, at any time."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    aside.write_text(text, encoding="utf-8")
+    os.replace(aside, path)
+
+
+def write_collapsed(suite: Path, target: Path) -> int:
+    """Write the suite file that repeats what collapsed at a smaller rate, or remove an old one where nothing did.
+
+    Returns:
+        How many rows collapsed.
+    """
+    import yaml
+
+    rows = collapsed_rows(json.loads((suite / TABLE).read_text(encoding="utf-8")))
+    for row in rows:
+        print(f"collapsed: {row.method}{'' if row.budget is None else f' at {100 * row.budget:g} %'}: {row.why}")
+    if not rows:
+        target.unlink(missing_ok=True)
+        return 0
+    content = suite_of(yaml.safe_load((suite / SUITE_FILE).read_text(encoding="utf-8")), rows)
+    write_aside(target, yaml.safe_dump(content, sort_keys=False))
+    return len(rows)
 
 
 def flatten(record: dict[str, Any], before: str = "") -> dict[str, Any]:
@@ -85,54 +117,27 @@ def nest(flat: dict[str, Any]) -> dict[str, Any]:
     return record
 
 
-def plot(suites: dict[str, Path], out: Path) -> None:
-    """Held-out divergence and accuracy of every row of the suites' tables, with the seeds as dots."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    measures = ("kl_forward", "accuracy")
-    figure, axes = plt.subplots(len(suites), 2, figsize=(11, 0.3 + 3.4 * len(suites)), squeeze=False)
-    for row, (regime, suite) in zip(axes, suites.items(), strict=True):
-        table = json.loads((suite / "table.json").read_text(encoding="utf-8"))
-        entries = [entry for entry in table["rows"] if entry["seeds"]]
-        for axis, name in zip(row, measures, strict=True):
-            for place, entry in enumerate(entries):
-                measure = entry["measures"][name]
-                color = {None: "black", 0.05: "tab:orange", 0.1: "tab:blue"}.get(entry["budget"], "tab:green")
-                values = list(measure["values"].values())
-                axis.plot(values, [place] * len(values), ".", color=color, alpha=0.5)
-                axis.errorbar(measure["mean"], place, xerr=measure["half_width"] or 0.0, fmt="|", color=color, ms=12)
-            labels = [e["method"] + (f" {100 * e['budget']:g} %" if e["budget"] else "") for e in entries]
-            axis.set_yticks(range(len(entries)), labels if name == measures[0] else [""] * len(entries), fontsize=7)
-            axis.invert_yaxis()
-            axis.grid(axis="x", alpha=0.3)
-            axis.set_title(f"{regime}: held-out {table['measures'][name]['title']}", fontsize=9)
-        row[0].set_xscale("log")
-    figure.tight_layout()
-    out.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(out, dpi=110)
-    plt.close(figure)
-    print(out)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
-    for name in ("pack", "unpack"):
+    for name in ("pack", "unpack", "collapsed"):
         command = commands.add_parser(name)
         command.add_argument("source", type=Path)
         command.add_argument("target", type=Path)
     command = commands.add_parser("plot")
-    command.add_argument("suites", nargs="+", help="REGIME=DIRECTORY, with table.json in it")
+    command.add_argument("suites", nargs="+", help="REGIME=DIRECTORY; those without a table.json are left out")
     command.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
     if args.command == "plot":
-        plot({name: Path(path) for name, path in (word.split("=", 1) for word in args.suites)}, args.out)
+        named = {name: Path(path) for name, path in (word.split("=", 1) for word in args.suites)}
+        made = {name: path for name, path in named.items() if (path / TABLE).is_file()}
+        if not made:
+            parser.error(f"none of {', '.join(map(str, named.values()))} has a {TABLE}; taopd suite table writes it")
+        plot(made, args.out)
         return
-    count = (pack if args.command == "pack" else unpack)(args.source, args.target)
-    print(f"{args.target}: {count} records")
+    act = {"pack": pack, "unpack": unpack, "collapsed": write_collapsed}[args.command]
+    count = act(args.source, args.target)
+    print(f"{args.target}: {count} {'collapsed rows' if args.command == 'collapsed' else 'records'}")
 
 
 if __name__ == "__main__":

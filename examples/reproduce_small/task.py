@@ -1,7 +1,8 @@
-"""The task: long sums worked out term by term, of which the last two digits count; reasoning-gym's scorer judges.
+"""The task: long sums worked out term by term, of which the last two digits count.
 
 It is `chain_sum` of reasoning-gym with four possible terms and modulo 100. The response repeats each term and writes
-the running total behind it; the last one is the result:
+the running total behind it; the last one is the result. The suites judge it by exact match of the last number
+(tasks/*.yaml); a test compares that with reasoning-gym's scorer of `chain_sum` (:func:`score`).
 
     prompt      then -83 ; then +35 ; from 47         (three tokens a term)
     response    then -83 64 then +35 99               (three tokens a term)
@@ -77,10 +78,14 @@ def response_length(num_terms: int) -> int:
 
 
 def score(response: str, answer: str) -> float:
-    """1 for a response that ends in the right total, by reasoning-gym's scorer of ``chain_sum``; else 0."""
+    """1 for a response whose last number is the right total, by reasoning-gym's scorer of ``chain_sum``; else 0.
+
+    An independent judge, which the suites do not call.
+    """
     import reasoning_gym
 
-    last = (response.split() or [""])[-1]
+    numbers = [word for word in response.split() if word.lstrip("+-").isdigit()]
+    last = numbers[-1] if numbers else ""
     is_total = last.isdigit()  # a term has a sign
     return float(is_total and reasoning_gym.get_score_answer_fn("chain_sum")(last, {"answer": answer}) == 1.0)
 

@@ -32,7 +32,8 @@ class ReportConfig:
     """Title of the page (default: the names of the models)."""
     score_table: Annotated[list[str], tyro.conf.UseAppendAction]
     """Score table of `taopd score` (.parquet or .jsonl), as FILE or NAME=FILE; the flag again for each. First and last
-    are compared where they are of the same responses."""
+    are compared where they are of the same responses. Without one, what is selected is shown on the responses that the
+    run wrote down last (--dump-kept-interval)."""
     rollout_data: str | None = None
     """Rollouts that the score tables were made from: shows the prompts above the responses."""
     tokenizer: str | None = None
@@ -90,6 +91,7 @@ def report(words: Sequence[str]) -> None:
 def _run_page(config: ReportConfig, made_with: str) -> Page:
     from megatron_taopd.data.records import read_rollouts
     from megatron_taopd.report.diagnostics import diagnostics_section, read_diagnostics
+    from megatron_taopd.report.dumped_table import dumped_table
     from megatron_taopd.report.run_directory import read_run
     from megatron_taopd.report.run_page import run_page
     from megatron_taopd.report.score_tables import read_score_table
@@ -107,6 +109,7 @@ def _run_page(config: ReportConfig, made_with: str) -> Page:
     return run_page(
         run,
         tables=tables,
+        dumped=None if tables else dumped_table(run.path),
         texts=texts,
         diagnostics=None if diagnostics is None else diagnostics_section(diagnostics),
         title=config.title,

@@ -26,17 +26,23 @@ def run_page(
     run: RunDirectory,
     *,
     tables: Sequence[ScoreTable] = (),
+    dumped: ScoreTable | None = None,
     texts: Sequence[TextGroup] = (),
     diagnostics: Section | None = None,
     title: str | None = None,
     made_with: str,
 ) -> Page:
-    """Put the page of a run together."""
+    """Put the page of a run together.
+
+    Args:
+        tables: score tables, in the order in which they were made.
+        dumped: what the run itself wrote down of a step; shown where there are no score tables.
+    """
     found = notices(run)
     sections = [
         _overview(run, same_contexts(tables), found),
         _curves(run),
-        *_selection(tables),
+        *(_selection(tables) if tables or dumped is None else _dumped_selection(dumped)),
         *_texts(texts),
         *([diagnostics] if diagnostics is not None else []),
         _configuration(run),
@@ -141,28 +147,38 @@ def _curves(run: RunDirectory) -> Section:
 def _selection(tables: Sequence[ScoreTable]) -> list[Section]:
     if not tables:
         return []
-    blocks: list[Block] = []
-    for table in tables:
-        blocks += [
-            Plots(title=f"Score table {table.name}", plots=table_plots(table)),
-            Facts(facts=[Fact(label=label, value=value) for label, value in table_facts(table)]),
-            Table(
-                caption="Quarters of the plane of entropy and disagreement, split at their medians",
-                header=["quarter", "of all positions", "of those kept", "kept of it", "mean KL, nats"],
-                rows=[[q.name, q.share, q.of_kept, q.keep_ratio, q.mean_kl] for q in quadrants(table)],
-            ),
-        ]
+    blocks = [block for table in tables for block in _table_blocks(table, f"Score table {table.name}")]
+    return [Section(key="selection", title="What was selected", lead=_SELECTION, blocks=blocks)]
+
+
+def _dumped_selection(table: ScoreTable) -> list[Section]:
+    if not len(table):
+        return []
+    said = (
+        f"No score table was given. This is {number(len(set(table.ids)))} responses of one step that the run trained "
+        "on and wrote down (--dump-kept-interval); more of them, the same before and after, are shown with "
+        "`taopd score --output` and --score-table."
+    )
+    blocks = [Prose(text=said), *_table_blocks(table, table.name.replace("-", " ").capitalize())]
+    return [Section(key="selection", title="What was selected", lead=_SELECTION, blocks=blocks)]
+
+
+_SELECTION = (
+    "Every response position has a disagreement D between the two models and a compatibility C, the probability that "
+    "the teacher gives to the tokens which the student considers. The selector keeps the positions with the highest "
+    "score."
+)
+
+
+def _table_blocks(table: ScoreTable, title: str) -> list[Block]:
     return [
-        Section(
-            key="selection",
-            title="What was selected",
-            lead=(
-                "Every response position has a disagreement D between the two models and a compatibility C, the "
-                "probability that the teacher gives to the tokens which the student considers. The selector keeps the "
-                "positions with the highest score."
-            ),
-            blocks=blocks,
-        )
+        Plots(title=title, plots=table_plots(table)),
+        Facts(facts=[Fact(label=label, value=value) for label, value in table_facts(table)]),
+        Table(
+            caption="Quarters of the plane of entropy and disagreement, split at their medians",
+            header=["quarter", "of all positions", "of those kept", "kept of it", "mean KL, nats"],
+            rows=[[q.name, q.share, q.of_kept, q.keep_ratio, q.mean_kl] for q in quadrants(table)],
+        ),
     ]
 
 

@@ -10,6 +10,7 @@ import torch
 
 from megatron_taopd.config import TrainConfig
 from megatron_taopd.data.records import read_rollouts
+from megatron_taopd.ops.order import distributed_quantiles
 from megatron_taopd.platform import distributed
 from megatron_taopd.training.batching import replica_micro_batches
 from megatron_taopd.training.pair import ModelPair
@@ -17,7 +18,7 @@ from megatron_taopd.training.scoring import RowReader, ScoredRows, score_in_grou
 from megatron_taopd.training.sources import even_share
 
 MEANS = {"kl_forward": "kl_forward", "kl_reverse": "kl_reverse", "mean_D": "D", "mean_C": "C", "overlap": "overlap"}
-LOW_C = 0.5
+LOW_C, LOW_QUANTILE = 0.5, 0.05
 
 
 def measure_contexts(pair: ModelPair, config: TrainConfig, path: str) -> dict[str, Any]:
@@ -26,8 +27,8 @@ def measure_contexts(pair: ModelPair, config: TrainConfig, path: str) -> dict[st
     The temperature is the one of the training's statistics and loss; C and D have its ``--support-k``, exact.
 
     Returns:
-        ``kl_forward`` and ``kl_reverse`` over the whole vocabulary (nats a token), ``mean_D``, ``mean_C``, ``overlap``,
-        ``low_C_share`` (C below 0.5), ``num_tokens`` and ``num_contexts``; the same on every rank.
+        ``kl_forward`` and ``kl_reverse`` over the whole vocabulary (nats a token), ``mean_D``, ``mean_C``, ``C_q05``,
+        ``overlap``, ``low_C_share`` (C below 0.5), ``num_tokens`` and ``num_contexts``; the same on every rank.
 
     Raises:
         DataError: the file is malformed, or does not fit the models.
@@ -52,12 +53,12 @@ def measure_contexts(pair: ModelPair, config: TrainConfig, path: str) -> dict[st
         statistics_kernel=config.scoring.statistics_kernel,
     )
     scored = score_in_groups(reader, micro_batches, group_size=8 * config.parallel.pipeline_model_parallel_size)
-    sums = None if scored is None else _sums(scored)
-    names = (*MEANS, "low_C_share", "num_tokens")
-    total = dict(zip(names, distributed.tell_from_last_stage(sums), strict=True))
-    count = total.pop("num_tokens")
+    figures = None if scored is None else (*_sums(scored), _low_quantile(scored))
+    names = (*MEANS, "low_C_share", "num_tokens", "C_q05")
+    total = dict(zip(names, distributed.tell_from_last_stage(figures), strict=True))
+    count, quantile = total.pop("num_tokens"), total.pop("C_q05")
     means = {name: value / count for name, value in total.items()}
-    return {**means, "num_tokens": int(count), "num_contexts": len(rollouts)}
+    return {**means, "C_q05": quantile, "num_tokens": int(count), "num_contexts": len(rollouts)}
 
 
 def _sums(scored: ScoredRows) -> Sequence[float]:
@@ -69,3 +70,8 @@ def _sums(scored: ScoredRows) -> Sequence[float]:
     total = torch.stack(sums)
     torch.distributed.all_reduce(total, group=distributed.row_group())
     return total.tolist()
+
+
+def _low_quantile(scored: ScoredRows) -> float:
+    """Of C, over the rows of all last-stage ranks, which call it together."""
+    return distributed_quantiles([scored.statistics.C], [LOW_QUANTILE], distributed.row_group())[0][0]

@@ -32,6 +32,7 @@ MEASURES: dict[str, dict[str, str | None]] = {
     "kl_forward": _measure("forward KL", "nats/token", "lower"),
     "kl_reverse": _measure("reverse KL", "nats/token", "lower"),
     "mean_C": _measure("teacher mass on the student's top-K", "share", None),
+    "C_q05": _measure("5 % quantile of C", "share", None),
     "low_C_share": _measure("positions with C below 0.5", "share", None),
     "tokens_supervised": _measure("tokens supervised", "tokens", None),
     "keep_ratio": _measure("share of tokens supervised", "share", None),

@@ -130,6 +130,12 @@ class Plan:
                 if cell in chosen:
                     yield Run(cell, chosen[cell], seed)
 
+    @property
+    def seeds_of_undecided(self) -> tuple[int, ...]:
+        """Seeds whose runs are still to come for a cell without a chosen rate; those of the sweep are its sweep runs."""
+        swept = () if self.suite.sweep is None else self.suite.sweep.seeds
+        return tuple(seed for seed in self.suite.seeds if seed not in swept)
+
     def sets_of(self, run: Run) -> list[str]:
         """What a run is measured on. A seed that only chooses learning rates never sees the held-out set."""
         sets = []

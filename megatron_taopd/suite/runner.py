@@ -26,7 +26,7 @@ from megatron_taopd.suite.execute import Stopped, describe, execute
 from megatron_taopd.suite.measured import ACCURACY
 from megatron_taopd.suite.plan import Plan, Run
 from megatron_taopd.suite.records import NAME, begin, check_same, read_record, write_json
-from megatron_taopd.suite.sweep import choose, chosen_rates
+from megatron_taopd.suite.sweep import chosen_rates, undecided_cells
 from megatron_taopd.training.stopping import STOP_SIGNALS
 
 WAIT_SECONDS = 2.0
@@ -74,11 +74,12 @@ class Records:
         pending = {run: None for run in self.plan.sweep_runs() if self.look(run) is None}
         chosen = chosen_rates(self.plan, self.look)
         pending |= {run: None for run in self.plan.main_runs(chosen) if self.look(run) is None}
-        waiting = 0
-        for cell in self.plan.cells:
-            if cell not in chosen and choose(self.plan, cell, self.look) is None:
-                waiting += len(self.plan.suite.seeds)
-        return list(pending), waiting
+        undecided = undecided_cells(self.plan, chosen, self.look)
+        return list(pending), len(undecided) * len(self.plan.seeds_of_undecided)
+
+    def failed(self) -> int:
+        """Runs that ended with an error, whoever made them."""
+        return sum(record["status"] == "failed" for record in self.known.values())
 
 
 class Runner:
@@ -90,6 +91,7 @@ class Runner:
         self.records = Records(plan, retry_before=self.started if retry_failed else None)
         self.seconds: list[float] = []
         self.failed = 0
+        """Of the suite's runs, those that failed; known at the end."""
         self.frozen = False
         self.stop = False
         self.control: torch.distributed.ProcessGroup | None = None
@@ -109,8 +111,11 @@ class Runner:
             try:
                 while True:
                     word, run = self._tell(self._next() if distributed.rank() == 0 else None)
-                    if word in ("end", "stop"):
-                        return word == "end"
+                    if word == "stop":
+                        return False
+                    if word == "end":
+                        self.failed = self._tell(self.records.failed())
+                        return True
                     if run is None:
                         time.sleep(WAIT_SECONDS)
                     elif not self._make(run):
@@ -155,7 +160,6 @@ class Runner:
         bad = [text for text in errors if text is not None]
         if any(self._gather(stopped)):
             return False
-        self.failed += bool(bad)
         if distributed.rank() == 0:
             if bad:
                 failure = describe(self.plan, run, status="failed", started=started)

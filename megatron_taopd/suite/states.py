@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 from megatron_taopd.suite.claims import is_claimed
 from megatron_taopd.suite.plan import Plan, Run
 from megatron_taopd.suite.records import BEGUN, read_record
-from megatron_taopd.suite.sweep import chosen_rates
+from megatron_taopd.suite.sweep import chosen_rates, undecided_cells
 
 
 def run_states(plan: Plan) -> Iterator[tuple[str, str]]:
@@ -25,10 +26,12 @@ def run_states(plan: Plan) -> Iterator[tuple[str, str]]:
             return "to do"
         return "running" if is_claimed(directory) else "begun" if (directory / BEGUN).is_file() else "to do"
 
-    chosen = chosen_rates(plan, lambda run: read_record(plan.directory(run)))
+    def look(run: Run) -> dict[str, Any] | None:
+        return read_record(plan.directory(run))
+
+    chosen = chosen_rates(plan, look)
     for run in dict.fromkeys([*plan.sweep_runs(), *plan.main_runs(chosen)]):
         yield run.id, state(run)
-    for seed in plan.suite.seeds:
-        for cell in plan.cells:
-            if cell not in chosen:
-                yield Run(cell, None, seed).id.replace(f"/seed-{seed}", f"/lr-?/seed-{seed}"), "to do"
+    for seed in plan.seeds_of_undecided:
+        for cell in undecided_cells(plan, chosen, look):
+            yield Run(cell, None, seed).id.replace(f"/seed-{seed}", f"/lr-?/seed-{seed}"), "to do"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -68,6 +68,11 @@ def chosen_rates(plan: Plan, look: Look) -> dict[Cell, float | None]:
         if choice is not None and choice.rate is not None:
             chosen[cell] = choice.rate
     return chosen
+
+
+def undecided_cells(plan: Plan, chosen: Mapping[Cell, float | None], look: Look) -> list[Cell]:
+    """Cells whose learning rate is still to be found; not those of which every candidate failed."""
+    return [cell for cell in plan.cells if cell not in chosen and choose(plan, cell, look) is None]
 
 
 def _value(record: dict[str, Any], measure: str) -> float | None:

@@ -9,7 +9,7 @@ from typing import Any
 from megatron_taopd.suite.intervals import CONFIDENCE, mean_interval, paired_interval
 from megatron_taopd.suite.measured import MEASURES, TRAINING_MEASURES, description, is_measure
 from megatron_taopd.suite.plan import HELD_OUT, Cell, Plan, Run
-from megatron_taopd.suite.sweep import Look, choose, chosen_rates
+from megatron_taopd.suite.sweep import Look, choose, chosen_rates, undecided_cells
 
 FORMAT = 1
 
@@ -117,7 +117,7 @@ def _count(plan: Plan, chosen: Mapping[Cell, float | None], look: Look) -> dict[
     runs = dict.fromkeys([*plan.sweep_runs(), *plan.main_runs(chosen)])
     records = [look(run) for run in runs]
     ended = [record["status"] for record in records if record is not None]
-    undecided = (len(plan.cells) - len(chosen)) * len(plan.suite.seeds)
+    undecided = len(undecided_cells(plan, chosen, look)) * len(plan.seeds_of_undecided)
     return {
         "finished": ended.count("finished"),
         "failed": ended.count("failed"),

@@ -10,9 +10,18 @@ from typing import Any
 from megatron_taopd.suite.measured import ACCURACY
 from megatron_taopd.suite.records import write_json, write_text
 
+SELECTED = ("train_C_q05", "train_low_C_share", "keep_ratio")
 COSTS = ("tokens_supervised", "wall_time", "peak_memory")
-SCALES = {"peak_memory": (2.0**-30, 2), "wall_time": (1.0, 1), "tokens_supervised": (1.0, 0)}
+SHARES = ("train_low_C_share", "keep_ratio")
+"""Shown in per cent, as accuracies are."""
+SCALES = {
+    "peak_memory": (2.0**-30, 2),
+    "wall_time": (1.0, 1),
+    "tokens_supervised": (1.0, 0),
+    **dict.fromkeys(SHARES, (100.0, 2)),
+}
 """Factor and digits of what Markdown shows."""
+UNKNOWN = "–"
 
 
 def write_table(table: dict[str, Any], directory: str | Path) -> list[Path]:
@@ -47,7 +56,7 @@ def as_markdown(table: dict[str, Any]) -> str:
     baseline = table["baseline"]
     tasks = [name for name in table["measures"] if name.startswith(f"{ACCURACY}/")]
     quality = ["kl_forward", ACCURACY, *(tasks if len(tasks) > 1 else [])]
-    names = [name for name in (*quality, *COSTS) if name in table["measures"]]
+    names = [name for name in (*quality, *SELECTED, *COSTS) if name in table["measures"]]
     compared = quality if baseline is not None else []
     head = ["method", "budget", "lr", "seeds"]
     for name in names:
@@ -83,6 +92,12 @@ def _notes(table: dict[str, Any]) -> list[str]:
     for cell in cells:
         if cell["chosen"] is None:
             notes.append(f"{_name(cell)}: no learning rate of the sweep finished; there is nothing to report.")
+            continue
+        lost = [f"{c['lr']:g} ({c['failed']} of {c['seeds']} seeds)" for c in cell["candidates"] if c["failed"]]
+        if lost:
+            notes.append(
+                f"{_name(cell)}: learning rates of the sweep with runs that failed or were not finite: {', '.join(lost)}."
+            )
     at_edge = [f"{_name(cell)} ({cell['chosen']:g})" for cell in cells if cell["at_edge"]]
     if at_edge:
         notes.append(
@@ -97,13 +112,14 @@ def _name(cell: dict[str, Any]) -> str:
 
 
 def _title(name: str, measure: dict[str, Any]) -> str:
-    unit = "%" if name.startswith(ACCURACY) else {"bytes": "GiB"}.get(measure["unit"], measure["unit"])
-    return f"{measure['title']} ({unit})" if unit != "tokens" else measure["title"]
+    percent = name.startswith(ACCURACY) or name in SHARES
+    unit = "%" if percent else {"bytes": "GiB", "share": ""}.get(measure["unit"], measure["unit"])
+    return f"{measure['title']} ({unit})" if unit not in ("tokens", "") else measure["title"]
 
 
 def _interval(name: str, measure: dict[str, Any] | None, *, sign: str = "") -> str:
     if measure is None or measure["mean"] is None:
-        return ""
+        return UNKNOWN
     scale, digits = SCALES.get(name, (100.0, 1) if name.startswith(ACCURACY) else (1.0, 4))
     text = f"{scale * measure['mean']:{sign}.{digits}f}"
     if measure["half_width"] is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import matplotlib.image
 import numpy as np
@@ -43,6 +44,12 @@ for (const theme of ["light", "dark"]) {
   document.getElementById(`theme-${theme}`).checked = true;
   told.paper[theme] = getComputedStyle(document.body).backgroundColor;
 }
+told.diagnostics = {};
+for (const key of ["decomposition", "quartiles-all"]) {
+  const drawn = document.getElementById(`plot-diagnostic-1-${key}`).querySelector("svg");
+  const inside = [...drawn.querySelectorAll("path")].filter((path) => path.getBBox().width > 0);
+  told.diagnostics[key] = [drawn.getBoundingClientRect().width, drawn.getBoundingClientRect().height, inside.length];
+}
 told.overflow = document.documentElement.scrollWidth - innerWidth;
 const result = document.createElement("pre");
 result.id = "result";
@@ -53,8 +60,11 @@ document.body.append(result);
 
 
 @pytest.fixture(scope="module")
-def page(root: Path) -> Path:
+def page(root: Path, diagnosis: dict[str, Any]) -> Path:
+    (root / "diagnosis").mkdir()
+    (root / "diagnosis/report.json").write_text(json.dumps(diagnosis))
     tables = [f"--score-table={root / 'before.parquet'}", f"--rollout-data={root / 'rollouts.jsonl'}"]
+    tables.append(f"--diagnostics={root / 'diagnosis'}")
     cli.run(
         ["report", f"--log-dir={make_run(root)}", *tables, f"--title={HOSTILE[0]}", f"--output={root / 'drawn.html'}"]
     )
@@ -83,6 +93,8 @@ def test_script_and_styles_work(root: Path, page: Path, tmp_path: Path) -> None:
     assert told["said"] == told["token"]
     assert len(set(told["byC"])) == 1 and told["byC"] != told["byScore"]
     assert told["paper"] == {"light": "rgb(253, 253, 252)", "dark": "rgb(20, 23, 28)"}
+    for width, height, marks in told["diagnostics"].values():  # a window of 390 points
+        assert 250 < width <= 390 and height > 120 and marks > 5, told["diagnostics"]
     assert told["overflow"] <= 0  # nothing is wider than the window
     assert "data-hacked" not in re.sub(r">[^<]*<", "><", dom)
 

@@ -14,6 +14,7 @@ import pytest
 import yaml
 
 from megatron_taopd import cli
+from megatron_taopd.errors import DataError
 from tests.report.pages import Element, parse, series, table
 from tests.report.runs import HOSTILE, make_run
 
@@ -113,6 +114,38 @@ def test_dots_of_the_plane_are_the_positions(page: Element, before: dict[str, np
     left, right = map(float, re.fullmatch(r"M([\d.]+) [\d.]+H([\d.]+)", axis).groups())
     shares = sorted((v - left) / (right - left) for v in x)
     assert shares == pytest.approx(sorted(before["D_norm"][before["keep"]]), abs=1e-3)
+
+
+def test_without_a_score_table_the_last_dump_is_plotted(root: Path) -> None:
+    run = make_run(root)
+    cli.run(["report", f"--log-dir={run}", f"--output={root / 'dumped.html'}"])
+    page = parse((root / "dumped.html").read_text(encoding="utf-8"))
+    dumps = sorted((run / "kept_tokens").glob("*.jsonl"))
+    lines = [json.loads(line) for line in dumps[-1].read_text().splitlines()]
+    columns = {name: np.concatenate([line[name] for line in lines]) for name in ("keep", "kl_forward")}
+    keep = columns["keep"]
+    said = page.by_id("selection").text
+    assert "No score table was given." in said and f"{len(lines)} responses of one step" in said
+    dots = page.by_id("plot-iteration-3-plane")
+    for name, count in (("kept", keep.sum()), ("rest", (~keep).sum())):
+        assert sum(path.attributes["d"].count("h0") for path in dots.all("path", name)) == count
+    (facts,) = page.by_id("selection").all("dl")
+    found = {dt.text: dd.text for dt, dd in zip(facts.all("dt"), facts.all("dd"), strict=True)}
+    assert found["positions"] == str(len(keep)) and found["responses"] == str(len(lines))
+    assert float(found["mean KL(teacher ‖ student)"].split()[0]) == pytest.approx(columns["kl_forward"].mean(), rel=1e-3)
+    drawn = page.by_id("plot-iteration-3-score").all("svg")[0].attributes["aria-label"]
+    assert f"histogram of {len(keep)} positions" in drawn
+
+
+def test_a_malformed_dump_is_refused(root: Path, tmp_path: Path) -> None:
+    run = make_run(root)
+    for name in ("metrics.jsonl", "config.yaml"):
+        (tmp_path / name).write_bytes((run / name).read_bytes())
+    line = json.loads(next((run / "kept_tokens").glob("*.jsonl")).read_text().splitlines()[0])
+    (tmp_path / "kept_tokens").mkdir()
+    (tmp_path / "kept_tokens/iter_0000001.jsonl").write_text(json.dumps({**line, "C": line["C"][1:]}) + "\n")
+    with pytest.raises(DataError, match="C must"):
+        cli.run(["report", f"--log-dir={tmp_path}"])
 
 
 def test_kept_tokens_are_shown_in_their_text(page: Element, root: Path) -> None:

@@ -78,6 +78,18 @@ def test_held_out_kl_is_that_of_the_exported_student(straight: Path, home: Path)
     assert all(a != b for a, b in zip(wanted["full"], wanted["untrained"], strict=True)), "training changes a student"
 
 
+def test_the_quantile_of_C_is_over_all_held_out_positions(straight: Path, home: Path) -> None:
+    values = []
+    models = [load_float64(home / "teacher"), load_float64(home / "student-1")]
+    with torch.no_grad():
+        for rollout in read_jsonl(home / "held_out.jsonl"):
+            p_t, p_s = (response_logits(model, rollout, VOCAB).softmax(-1) for model in models)
+            values.append(p_t.gather(-1, p_s.topk(4).indices).sum(-1))
+    found = json.loads((straight / "runs/untrained/seed-1/record.json").read_text())["measured"]["held_out"]
+    assert found["C_q05"] == pytest.approx(float(torch.cat(values).quantile(0.05)), rel=1e-4)
+    assert found["mean_C"] == pytest.approx(float(torch.cat(values).mean()), rel=1e-4)
+
+
 def test_costs_are_those_of_the_metrics(straight: Path) -> None:
     rows = {row["method"]: row["measures"] for row in table_of(straight)["rows"]}
     steps = read_jsonl(straight / "runs/teachability/budget-0.3/lr-0.01/seed-2/metrics.jsonl")
@@ -172,7 +184,7 @@ def test_a_failed_run_is_recorded_and_the_others_are_made(home: Path, tmp_path: 
     assert "Traceback" in (out / "runs/broken/seed-1/error-rank0.txt").read_text()
     assert table_of(out)["runs"] == {"finished": 1, "failed": 1, "missing": 0}
     (broken / "model.safetensors").write_bytes((home / "student-1/model.safetensors").read_bytes())
-    assert run_suite(suite, out) == 0
+    assert run_suite(suite, out) == 1, "the status is of all runs, whoever made them"
     assert table_of(out)["runs"]["failed"] == 1, "nobody asked for it"
     assert run_suite(suite, out, "--retry-failed") == 0
     rows = table_of(out)["rows"]
@@ -273,7 +285,7 @@ def test_two_ranks_make_the_runs_together(
     assert pool(2).run(run_suite, suite, tmp_path / "out") == [0, 0]
     (row,) = table_of(tmp_path / "out")["rows"]
     (alone,) = (row for row in table_of(straight)["rows"] if row["method"] == "teachability")
-    for name in ("kl_forward", "tokens_supervised"):
+    for name in ("kl_forward", "tokens_supervised", "C_q05"):
         mine, other = (list(r["measures"][name]["values"].values()) for r in (row, alone))
         assert mine == pytest.approx(other, rel=1e-3)
     assert {json.loads(path.read_text())["ranks"] for path in tmp_path.rglob("record.json")} == {2}

@@ -14,6 +14,7 @@ import scipy.stats
 from megatron_taopd.suite.config import read_suite
 from megatron_taopd.suite.intervals import mean_interval, paired_interval
 from megatron_taopd.suite.plan import Plan, Run
+from megatron_taopd.suite.states import run_states
 from megatron_taopd.suite.sweep import choose
 from megatron_taopd.suite.table import build_table
 from megatron_taopd.suite.writing import as_csv, as_markdown
@@ -84,8 +85,36 @@ def test_the_best_rate_on_the_validation_set_is_chosen(swept: Plan) -> None:
     found = choose(swept, full, records.get)
     assert found is not None and found.rate is None
     table = build_table(swept, records.get)
-    assert table["runs"] == {"finished": 5, "failed": 1, "missing": 6 + 2 + 2}
+    # Of tip six sweep runs and two seeds are to come; of full, whose rates all failed, nothing.
+    assert table["runs"] == {"finished": 5, "failed": 1, "missing": 6 + 2}
     assert "full: no learning rate of the sweep finished" in as_markdown(table)
+
+
+def test_candidates_with_failed_runs_are_named(swept: Plan) -> None:
+    full = swept.cells[0]
+    records: dict[Run, dict[str, Any]] = {
+        run: record(run, 1.0, validation=1.0) for rate in full.rates for run in [Run(full, rate, 8), Run(full, rate, 9)]
+    }
+    records[Run(full, 0.4, 8)] = {"status": "failed", "error": "x"}
+    text = as_markdown(build_table(swept, records.get))
+    assert "full: learning rates of the sweep with runs that failed or were not finite: 0.4 (1 of 2 seeds)." in text
+
+
+def test_a_sweeps_seed_that_is_reported_too_is_one_run(tmp_path: Path) -> None:
+    """Four candidates on the seeds 1 and 2, of which the chosen one's runs are reported, and the seed 3: nine runs."""
+    from megatron_taopd.suite.runner import Records
+
+    changes: dict[str, Any] = dict(methods={"full": None}, budgets=None, lr=[0.1, 0.2, 0.4, 0.8], seeds=[1, 2, 3])
+    sweep = {"seeds": [1, 2]}
+    suite = write_suite(
+        tmp_path / "suite.yaml", tmp_path, sweep=sweep, validation={"rollouts": "v.jsonl"}, **changes
+    )
+    plan = Plan(read_suite(suite), tmp_path)
+    states = [name for name, _ in run_states(plan)]
+    assert len(states) == 9 and states[-1] == "full/lr-?/seed-3"
+    pending, waiting = Records(plan).left()
+    assert (len(pending), waiting) == (8, 1)
+    assert build_table(plan, lambda run: None)["runs"]["missing"] == 9
 
 
 def test_more_accuracy_is_better_and_equal_rates_give_the_smaller(tmp_path: Path) -> None:
@@ -146,4 +175,11 @@ def test_table_from_records(tmp_path: Path) -> None:
         "+0.6000 ± 1.2706",
         "50.0 ± 0.0",
     ]
+    head = next(line for line in text if line.startswith("| method")).split(" | ")
+    cell = dict(zip(head, tip_line.split(" | "), strict=True))
+    assert cell["5 % quantile of C in training"] == "0.9000 ± 0.0000"
+    assert cell["positions with C below 0.5 in training (%)"] == "0.00 ± 0.00"
+    assert cell["share of tokens supervised (%)"] == "30.00 ± 0.00"
+    untrained_line = next(line for line in text if line.startswith("| untrained"))
+    assert dict(zip(head, untrained_line.split(" | "), strict=True))["share of tokens supervised (%)"] == "–"
     assert "tip at 5 %: failed with the seeds 3." in text
