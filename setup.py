@@ -24,7 +24,7 @@ def long_description() -> str:
 
 REPORT = ["matplotlib>=3.8", "pandas>=2.2", "scipy>=1.15", "statsmodels>=0.14.2", "tabulate>=0.9"]
 SERVER = ["urllib3>=2.2"]  # --rollout-engine openai; no dependencies of its own
-EVAL = ["math-verify==0.9.0", "reasoning-gym==0.1.25"]  # pinned, so that prompts and verdicts stay the same
+EVAL = ["lm-eval==0.4.13", "math-verify==0.9.0", "reasoning-gym==0.1.25"]  # pinned: prompts and verdicts stay the same
 
 
 setup(
@@ -68,7 +68,7 @@ setup(
         ],
         "server": SERVER,
         "report": REPORT,
-        "eval": [*EVAL, "lm-eval==0.4.13"],
+        "eval": EVAL,
         "dev": [
             *REPORT,
             *EVAL,

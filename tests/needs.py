@@ -1,4 +1,4 @@
-"""What tests need of the machine beyond Python packages: skipped without it, or failed where it must be there."""
+"""What tests need and a machine may not have: skipped without it, or failed where it must be there."""
 
 from __future__ import annotations
 

@@ -9,6 +9,7 @@
 #                      as torchrun wants them; run the same script once on every node
 #   DRY_RUN=1          print the words of the command, one a line, and run nothing
 # Words after the script's name are passed on and win: `qwen3_4b_from_32b.sh --keep-ratio 0.3 --train-iters 50`.
+# shellcheck shell=bash
 
 PROMPT_DATA=${PROMPT_DATA:-prompts.jsonl}
 OUTPUT=${OUTPUT:-runs/$(basename "$0" .sh)}

@@ -10,6 +10,7 @@
 #   SETUP_SCRIPT              shell file to source first: modules, a virtual environment (slurm alone)
 #   DRY_RUN=1                 check everything and print the batch script, submit nothing
 # Words after the file's name are flags of `taopd train` and win.
+# shellcheck shell=bash
 
 TIME=${TIME:-4:00:00}
 CPUS_PER_NODE=${CPUS_PER_NODE:-64}

@@ -107,8 +107,8 @@ class Fallback:
         reasons = []
         if top5_share >= self.threshold:
             reasons.append(
-                f"{top5_share:.2%} of the sampled tokens are among the teacher's best five (--fallback-threshold "
-                f"{self.threshold})"
+                f"{top5_share:.2%} of the sampled tokens are among the teacher's best five, or K below that "
+                f"(--fallback-threshold {self.threshold})"
             )
         if low_c_share >= self.low_c_share:
             reasons.append(

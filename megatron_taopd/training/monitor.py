@@ -8,6 +8,7 @@ from megatron_taopd.config import TrainConfig
 from megatron_taopd.platform import distributed
 from megatron_taopd.teachability.figures import batch_figures
 from megatron_taopd.teachability.overlap import overlaps
+from megatron_taopd.teachability.selection import TEACHER_TOP
 from megatron_taopd.training.pair import ModelPair
 from megatron_taopd.training.scopes import Outcome
 
@@ -62,11 +63,12 @@ class Monitor:
         self._warn(
             "low disagreement",
             metrics["teacher_top5_share"] >= LOW_DISAGREEMENT,
-            "iteration %d: %.2f%% of the sampled tokens are among the teacher's best five: student and teacher hardly "
+            "iteration %d: %.2f%% of the sampled tokens are among the teacher's best %d: student and teacher hardly "
             "disagree. A small --keep-ratio has fallen far behind --selector full in such runs; compare the two, or "
             "set --fallback-selector full",
             metrics["iteration"],
             100 * metrics["teacher_top5_share"],
+            min(TEACHER_TOP, self.config.selection.support_k),
         )
         spread = metrics.get("C_q95", 1.0) - metrics.get("C_q05", 0.0)
         self._warn(

@@ -123,7 +123,7 @@ class PhasedScope:
         if fallback.see(top5_share=top5_share, low_c_share=low_c_share):
             reasons = fallback.reasons(top5_share=top5_share, low_c_share=low_c_share)
             self.why = " and ".join(reasons) or (
-                f"{top5_share:.2%} of the sampled tokens are among the teacher's best five, C is below 0.5 at "
+                f"{top5_share:.2%} of the sampled tokens are among the teacher's best five (or K), C is below 0.5 at "
                 f"{low_c_share:.2%} of the positions"
             )
 

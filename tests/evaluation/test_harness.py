@@ -1,4 +1,4 @@
-"""lm-evaluation-harness on a model whose answers are known; skipped where it is not installed."""
+"""lm-evaluation-harness on a model whose answers are known."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from megatron_taopd.errors import ConfigError
 from megatron_taopd.evaluation.config import HarnessConfig
 from megatron_taopd.evaluation.harness import Harness
 from tests.evaluation.certain import save_certain_model
+from tests.needs import missing
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples/eval"
-needs_harness = pytest.mark.skipif(importlib.util.find_spec("lm_eval") is None, reason="needs lm-eval (extra: eval)")
 TASK = {
     "task": "letters",
     "dataset_path": "json",
@@ -34,6 +34,12 @@ TASK = {
     "metric_list": [{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}],
     "num_fewshot": 0,
 }
+
+
+@pytest.fixture
+def harness() -> None:
+    if importlib.util.find_spec("lm_eval") is None:
+        missing('no lm-eval; pip install -e ".[dev]" brings it')
 
 
 @pytest.fixture(autouse=True)
@@ -58,7 +64,7 @@ def write_task(directory: Path, **changes: Any) -> Path:
     return directory / "letters.yaml"
 
 
-@needs_harness
+@pytest.mark.usefixtures("harness")
 def test_hugging_face_and_megatron_models(tmp_path: Path) -> None:
     model = save_certain_model(tmp_path / "certain")
     megatron = tmp_path / "megatron"
@@ -86,7 +92,7 @@ def test_hugging_face_and_megatron_models(tmp_path: Path) -> None:
         assert not list(out.glob(".hf-*"))
 
 
-@needs_harness
+@pytest.mark.usefixtures("harness")
 def test_what_is_refused_before_a_model_is_loaded(tmp_path: Path) -> None:
     data = write(tmp_path / "data.jsonl", [{"question": "q1", "answer": "a1"}])
     plain = str(write_task(tmp_path / "plain"))
@@ -109,7 +115,7 @@ def test_what_is_refused_before_a_model_is_loaded(tmp_path: Path) -> None:
         assert len(Harness(HarnessConfig(harness=[name], harness_data=[f"{name}={data}"], **settings)).tasks) == 1
 
 
-@needs_harness
+@pytest.mark.usefixtures("harness")
 def test_humaneval_of_the_examples(tmp_path: Path) -> None:
     line = {"task_id": "x", "prompt": "def add(a, b):\n", "test": "def check(f):\n    assert f(1, 2) == 3\n"}
     data = write(tmp_path / "data.jsonl", [line | {"entry_point": "add"}])

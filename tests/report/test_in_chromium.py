@@ -47,8 +47,14 @@ for (const theme of ["light", "dark"]) {
 told.diagnostics = {};
 for (const key of ["decomposition", "quartiles-all"]) {
   const drawn = document.getElementById(`plot-diagnostic-1-${key}`).querySelector("svg");
-  const inside = [...drawn.querySelectorAll("path")].filter((path) => path.getBBox().width > 0);
-  told.diagnostics[key] = [drawn.getBoundingClientRect().width, drawn.getBoundingClientRect().height, inside.length];
+  const box = drawn.getBoundingClientRect(), dots = [...drawn.querySelectorAll("path.dots.solid")];
+  told.diagnostics[key] = {
+    width: box.width,
+    height: box.height,
+    colours: dots.map((path) => getComputedStyle(path).stroke),
+    spans: dots.map((path) => path.getBoundingClientRect()).map((of) => [of.left - box.left, box.right - of.right]),
+    whiskers: drawn.querySelectorAll("path.whisker").length,
+  };
 }
 told.overflow = document.documentElement.scrollWidth - innerWidth;
 const result = document.createElement("pre");
@@ -93,8 +99,11 @@ def test_script_and_styles_work(root: Path, page: Path, tmp_path: Path) -> None:
     assert told["said"] == told["token"]
     assert len(set(told["byC"])) == 1 and told["byC"] != told["byScore"]
     assert told["paper"] == {"light": "rgb(253, 253, 252)", "dark": "rgb(20, 23, 28)"}
-    for width, height, marks in told["diagnostics"].values():  # a window of 390 points
-        assert 250 < width <= 390 and height > 120 and marks > 5, told["diagnostics"]
+    for key, groups in (("decomposition", 2), ("quartiles-all", 4)):  # two K; four scores
+        drawn = told["diagnostics"][key]
+        assert drawn["width"] > 250 and drawn["height"] > 120 and drawn["whiskers"] == groups
+        assert len(set(drawn["colours"])) == groups and "none" not in drawn["colours"]
+        assert all(left > 0 and right > 0 and left + right < drawn["width"] - 20 for left, right in drawn["spans"])
     assert told["overflow"] <= 0  # nothing is wider than the window
     assert "data-hacked" not in re.sub(r">[^<]*<", "><", dom)
 

@@ -274,6 +274,11 @@ def test_warns_when_scores_begin_to_mean_little(caplog, monkeypatch) -> None:
     for iteration, share in enumerate((0.949, 0.95, 0.99, 0.9, 0.97), 1):
         monitor.warn({"iteration": iteration, "teacher_top5_share": share, **spread})
     assert [record.getMessage()[:21] for record in caplog.records] == ["iteration 2: 95.00% o", "iteration 5: 97.00% o"]
+    assert all("the teacher's best 5: student" in record.getMessage() for record in caplog.records)
+    caplog.clear()
+    few = parse(TrainConfig, words_of(Path("/x"), "out", "--support-k=2"), name="train")
+    Monitor(few, pair).warn({"iteration": 1, "teacher_top5_share": 0.99, **spread})
+    assert "the teacher's best 2: student" in caplog.text
     caplog.clear()
     narrow = {"iteration": 6, "teacher_top5_share": 0.5, "C_q05": 0.991, "C_q95": 1.0}
     monitor.warn(narrow)
