@@ -54,7 +54,9 @@ def collapsed_rows(table: dict[str, Any]) -> list[Collapsed]:
         if lost:
             found.append(Collapsed(*key, f"failed or not finite with the seeds {', '.join(lost)}"))
         elif fmean(values.values()) > fmean(before[seed] for seed in values):
-            found.append(Collapsed(*key, f"{fmean(values.values()):.4f} nats, and {fmean(before.values()):.4f} untrained"))
+            found.append(
+                Collapsed(*key, f"{fmean(values.values()):.4f} nats, and {fmean(before.values()):.4f} untrained")
+            )
     return found
 
 

@@ -55,7 +55,9 @@ def contexts(out: Path, regimes: Sequence[str], *, num_prompts: int, response_le
         regime: bank_of(out, regime, num_prompts=num_prompts, response_length=response_length) for regime in regimes
     }
     columns = [
-        title for r in regimes for title in (f"q05 of C, `{r}`", f"C < 0.5, `{r}`", "of the tenth with the largest KL_f")
+        title
+        for r in regimes
+        for title in (f"q05 of C, `{r}`", f"C < 0.5, `{r}`", "of the tenth with the largest KL_f")
     ]
     lines = [["K", *columns], ["---"] * (1 + len(columns))]
     for k in SUPPORT_K:

@@ -18,7 +18,9 @@ def plot(suites: dict[str, Path], out: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    tables = {regime: json.loads((suite / "table.json").read_text(encoding="utf-8")) for regime, suite in suites.items()}
+    tables = {
+        regime: json.loads((suite / "table.json").read_text(encoding="utf-8")) for regime, suite in suites.items()
+    }
     heights = [0.9 + 0.17 * len(_entries(table)) for table in tables.values()]
     figure, axes = plt.subplots(
         len(tables), 4, figsize=(13, sum(heights)), squeeze=False, height_ratios=heights, layout="constrained"

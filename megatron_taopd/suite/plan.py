@@ -132,7 +132,7 @@ class Plan:
 
     @property
     def seeds_of_undecided(self) -> tuple[int, ...]:
-        """Seeds whose runs are still to come for a cell without a chosen rate; those of the sweep are its sweep runs."""
+        """Whose runs are still to come for a cell without a chosen rate; those of the sweep are sweep runs already."""
         swept = () if self.suite.sweep is None else self.suite.sweep.seeds
         return tuple(seed for seed in self.suite.seeds if seed not in swept)
 

@@ -95,8 +95,9 @@ def _notes(table: dict[str, Any]) -> list[str]:
             continue
         lost = [f"{c['lr']:g} ({c['failed']} of {c['seeds']} seeds)" for c in cell["candidates"] if c["failed"]]
         if lost:
+            rates = ", ".join(lost)
             notes.append(
-                f"{_name(cell)}: learning rates of the sweep with runs that failed or were not finite: {', '.join(lost)}."
+                f"{_name(cell)}: learning rates of the sweep with runs that failed or were not finite: {rates}."
             )
     at_edge = [f"{_name(cell)} ({cell['chosen']:g})" for cell in cells if cell["at_edge"]]
     if at_edge:

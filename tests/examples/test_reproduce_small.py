@@ -300,9 +300,7 @@ def row(method: str, budget: float | None, values: dict[str, float], **changes: 
     return {**whole, **changes}
 
 
-def test_what_collapsed_is_repeated_at_a_third_of_the_smallest_rate(
-    scripts: Any, made: Made, tmp_path: Path
-) -> None:
+def test_what_collapsed_is_repeated_at_a_third_of_the_smallest_rate(scripts: Any, made: Made, tmp_path: Path) -> None:
     start = row("start", None, {"1": 0.4, "2": 0.6}, trains=False)
     rows = [
         start,

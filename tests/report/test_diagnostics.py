@@ -16,6 +16,7 @@ from megatron_taopd.errors import DataError
 from tests.report.diagnosis import EVIL
 from tests.report.pages import Element, parse, series, table
 
+
 def write_run(directory: Path) -> Path:
     directory.mkdir()
     (directory / "metrics.jsonl").write_text('{"iteration": 1, "loss": 1.0}\n')

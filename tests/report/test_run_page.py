@@ -132,7 +132,9 @@ def test_without_a_score_table_the_last_dump_is_plotted(root: Path) -> None:
     (facts,) = page.by_id("selection").all("dl")
     found = {dt.text: dd.text for dt, dd in zip(facts.all("dt"), facts.all("dd"), strict=True)}
     assert found["positions"] == str(len(keep)) and found["responses"] == str(len(lines))
-    assert float(found["mean KL(teacher ‖ student)"].split()[0]) == pytest.approx(columns["kl_forward"].mean(), rel=1e-3)
+    assert float(found["mean KL(teacher ‖ student)"].split()[0]) == pytest.approx(
+        columns["kl_forward"].mean(), rel=1e-3
+    )
     drawn = page.by_id("plot-iteration-3-score").all("svg")[0].attributes["aria-label"]
     assert f"histogram of {len(keep)} positions" in drawn
 

@@ -106,9 +106,7 @@ def test_a_sweeps_seed_that_is_reported_too_is_one_run(tmp_path: Path) -> None:
 
     changes: dict[str, Any] = dict(methods={"full": None}, budgets=None, lr=[0.1, 0.2, 0.4, 0.8], seeds=[1, 2, 3])
     sweep = {"seeds": [1, 2]}
-    suite = write_suite(
-        tmp_path / "suite.yaml", tmp_path, sweep=sweep, validation={"rollouts": "v.jsonl"}, **changes
-    )
+    suite = write_suite(tmp_path / "suite.yaml", tmp_path, sweep=sweep, validation={"rollouts": "v.jsonl"}, **changes)
     plan = Plan(read_suite(suite), tmp_path)
     states = [name for name, _ in run_states(plan)]
     assert len(states) == 9 and states[-1] == "full/lr-?/seed-3"
