@@ -17,6 +17,7 @@ def plot(suites: dict[str, Path], out: Path) -> None:
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    from matplotlib import ticker
 
     tables = {
         regime: json.loads((suite / "table.json").read_text(encoding="utf-8")) for regime, suite in suites.items()
@@ -30,6 +31,9 @@ def plot(suites: dict[str, Path], out: Path) -> None:
             _draw(row[2 * index], table, name, differences=False)
             _draw(row[2 * index + 1], table, name, differences=True)
         row[0].set_xscale("log")
+        row[0].xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+        row[0].xaxis.set_major_formatter(ticker.FuncFormatter(lambda value, _: f"{value:g}"))
+        row[0].xaxis.set_minor_formatter(ticker.NullFormatter())
         row[0].set_ylabel(regime)
         labels = [e["method"] + (f" {100 * e['budget']:g} %" if e["budget"] else "") for e in _entries(table)]
         row[0].set_yticks(range(len(labels)), labels, fontsize=7)
