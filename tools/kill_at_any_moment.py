@@ -11,12 +11,14 @@ Prints a Markdown table; exits 1 if a run ends otherwise than the undisturbed on
 from __future__ import annotations
 
 import argparse
+import contextlib
 import hashlib
 import json
 import math
 import os
 import random
 import shutil
+import statistics
 import subprocess
 import sys
 import time
@@ -32,6 +34,7 @@ from megatron_taopd.testing.tiny_models import save_tiny_hf_model
 ITERATIONS = 24
 SAVE_INTERVAL = 2
 RANKS = 2
+SURVIVES = 120.0  # seconds; ranks look for their torchrun every ten
 VICTIMS = ("rank 0", "rank 1", "torchrun", "all")
 TIMES = ("time_rollout", "time_score", "time_train", "time_step", "tokens_per_second")
 
@@ -41,9 +44,11 @@ class Attempt:
     """One kill and what came of it."""
 
     moment: float
-    """Steps after the start: 3.4 is two fifths of a step's time after the third; below 0 the ranks are starting."""
+    """Steps after the start: 3.4 is two fifths of a step's time after the third. Below 0 the ranks are starting; from
+    ``ITERATIONS`` on they save, export and end."""
     seconds: float
     """After the start."""
+    doing: str
     victim: str
     in_background: bool
     steps_done: int
@@ -100,15 +105,67 @@ def family(process: subprocess.Popen) -> list[psutil.Process]:
         return []
 
 
-def kill(process: subprocess.Popen, victim: str) -> None:
-    """SIGKILL; where torchrun itself is hit, nothing ends its ranks but that they notice."""
+def rank_of(process: psutil.Process) -> str | None:
+    """Of a process that torchrun started."""
+    with contextlib.suppress(psutil.Error):
+        return process.environ().get("RANK")
+    return None
+
+
+def kill(process: subprocess.Popen, victim: str) -> str:
+    """SIGKILL; returns what was hit. Where torchrun itself is hit, nothing ends its ranks but that they notice."""
     everything = family(process)
-    ranks = sorted(psutil.Process(process.pid).children(), key=lambda rank: rank.pid)
-    chosen = {"torchrun": everything[:1], "all": everything}.get(victim)
-    if chosen is None:
-        chosen = ranks[int(victim.removeprefix("rank ")) :][:1] or everything
+    ranks = {f"rank {rank_of(child)}": child for child in psutil.Process(process.pid).children()}
+    if victim == "torchrun":
+        chosen = everything[:1]
+    elif victim in ranks:
+        chosen = [ranks[victim]]
+    else:
+        chosen = everything
+        if victim != "all":
+            victim = f"all (there was no {victim})"
     for one in chosen:
-        one.kill()
+        with contextlib.suppress(psutil.NoSuchProcess):
+            one.kill()
+    return victim
+
+
+def running(out: Path, known: Sequence[psutil.Process]) -> list[psutil.Process]:
+    """Which of the known processes, and of all that name the run's directory, have not ended."""
+    found = []
+    for one in {*known, *psutil.process_iter()}:
+        with contextlib.suppress(psutil.Error):
+            ours = one in known or any(word.endswith(f"={out / 'checkpoints'}") for word in one.cmdline())
+            # One that ended and that nobody has asked for its status is still listed.
+            if ours and one.is_running() and one.status() != psutil.STATUS_ZOMBIE:
+                found.append(one)
+    return found
+
+
+def wait_for_all(out: Path, known: Sequence[psutil.Process]) -> None:
+    """Until nothing of the run is left.
+
+    Raises:
+        RuntimeError: something survives; it is ended first.
+    """
+    deadline = time.monotonic() + SURVIVES
+    while survivors := running(out, known):
+        if time.monotonic() > deadline:
+            names = [f"{one.pid}: {' '.join(one.cmdline())}" for one in survivors]
+            for one in survivors:
+                one.kill()
+            raise RuntimeError(f"still running {SURVIVES} s after the kill: {names}")
+        time.sleep(0.05)
+
+
+def seen(out: Path) -> str:
+    """What a run is doing, by the files it makes aside."""
+    if list((out / "checkpoints").glob(".iter_*.partial-*")):
+        return "saving"
+    if list(out.glob(".hf.*.partial")):
+        return "exporting"
+    done = steps_done(out)
+    return "training" if 0 < done < ITERATIONS else "ending" if done else "starting"
 
 
 def numbers(out: Path) -> list[dict]:
@@ -121,20 +178,32 @@ def weights(out: Path) -> str:
 
 
 def attempt(
-    root: Path, straight: Path, out: Path, *, moment: float, start_time: float, victim: str, in_background: bool
-) -> Attempt:
+    root: Path,
+    straight: Path,
+    out: Path,
+    *,
+    moment: float,
+    start_time: float,
+    end_time: float,
+    victim: str,
+    in_background: bool,
+) -> Attempt | None:
+    """Kill, start again, compare; None where the run was over before the moment came."""
     out.mkdir()
     process = start(root, out, out / "log.txt", in_background=in_background)
     began_first = time.monotonic()
     while steps_done(out) < math.floor(moment) and process.poll() is None:
         time.sleep(0.002)
-    time.sleep((moment % 1) * (step_time(out) if moment >= 0 else start_time))
-    assert process.poll() is None, "it was over before it was killed"
-    ranks = family(process)
+    seconds = start_time if moment < 0 else end_time if moment >= ITERATIONS else step_time(out)
+    time.sleep((moment % 1) * seconds)
+    known, doing = family(process), seen(out)
+    if process.poll() is not None:
+        assert process.returncode == 0, (out / "log.txt").read_text()
+        return None
     killed = time.monotonic()
-    kill(process, victim)
+    hit = kill(process, victim)
     status = process.wait()
-    psutil.wait_procs(ranks, timeout=120)
+    wait_for_all(out, known)
     noticed = time.monotonic() - killed
     done, saved = steps_done(out), read_latest_iteration(out / "checkpoints") or 0
 
@@ -149,7 +218,8 @@ def attempt(
     return Attempt(
         moment=moment,
         seconds=killed - began_first,
-        victim=victim,
+        doing=doing,
+        victim=hit,
         in_background=in_background,
         steps_done=done,
         saved=saved,
@@ -162,60 +232,94 @@ def attempt(
 
 def table(attempts: Sequence[Attempt]) -> str:
     lines = [
-        "| at step | after | killed | saving | steps done | newest checkpoint | all ended after | status | next step "
-        "after | same numbers and weights |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "| at step | after | while | killed | checkpoints | steps done | newest checkpoint | all ended after | status "
+        "| next step after | same numbers and weights |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for one in attempts:
         saving = "background" if one.in_background else "foreground"
         lines.append(
-            f"| {one.moment:.2f} | {one.seconds:.1f} s | {one.victim} | {saving} | {one.steps_done} | {one.saved} "
-            f"| {one.noticed:.1f} s | {one.status} | {one.recovered:.1f} s | {'yes' if one.same else '**no**'} |"
+            f"| {one.moment:.2f} | {one.seconds:.1f} s | {one.doing} | {one.victim} | {saving} | {one.steps_done} "
+            f"| {one.saved} | {one.noticed:.1f} s | {one.status} | {one.recovered:.1f} s "
+            f"| {'yes' if one.same else '**no**'} |"
         )
     return "\n".join(lines)
+
+
+def summary(attempts: Sequence[Attempt]) -> str:
+    """One line of all of them."""
+    noticed, recovered = [one.noticed for one in attempts], [one.recovered for one in attempts]
+    again = max(one.steps_done - one.saved for one in attempts)
+    return (
+        f"{len(attempts)} moments, {sum(one.same for one in attempts)} with the undisturbed numbers and weights; at "
+        f"most {again} steps made again; all processes ended after {statistics.median(noticed):.1f} s (median; at most "
+        f"{max(noticed):.1f} s); next new step, or the end, {statistics.median(recovered):.1f} s after the next start "
+        f"(median; at most {max(recovered):.1f} s)"
+    )
+
+
+def moments(count: int, draw: random.Random) -> list[float]:
+    """One in ten while the ranks start, one in seven after the last step, the others evenly over the steps."""
+    starting, ending = max(1, round(count / 10)), max(1, round(count / 7))
+    training = count - starting - ending
+    return [
+        *(draw.uniform(-1.0, 0.0) for _ in range(starting)),
+        *(1 + (ITERATIONS - 1) * (index + draw.random()) / training for index in range(training)),
+        *(ITERATIONS + (index + draw.random()) / ending for index in range(ending)),
+    ]
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="directory to make")
-    parser.add_argument("--moments", type=int, default=20)
+    parser.add_argument("--moments", type=int, default=20, help="at least 3")
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     options = parser.parse_args()
+    if options.moments < 3:
+        parser.error(f"--moments {options.moments}: one while it starts, one while it trains and one at the end are 3")
     root: Path = options.out
     root.mkdir(parents=True)
     make_inputs(root)
     straight = root / "straight"
     straight.mkdir()
-    began, first_step = time.monotonic(), None
+    began, first_step, last_step = time.monotonic(), math.nan, math.nan
     process = start(root, straight, straight / "log.txt", in_background=False)
     while process.poll() is None:
-        if first_step is None and steps_done(straight):
-            first_step = time.monotonic() - began
-        time.sleep(0.05)
+        done, now = steps_done(straight), time.monotonic() - began
+        if done and math.isnan(first_step):
+            first_step = now
+        if done == ITERATIONS and math.isnan(last_step):
+            last_step = now
+        time.sleep(0.02)
     duration = time.monotonic() - began
-    assert process.returncode == 0 and first_step is not None, (straight / "log.txt").read_text()
-    print(f"undisturbed: first step after {first_step:.1f} s, {ITERATIONS} steps and export after {duration:.1f} s\n")
-    draw, attempts = random.Random(options.seed), []
-    for index in range(options.moments):
-        # Nine in ten while it trains, the others while it starts.
-        steps = index % 10 * ITERATIONS / 10
-        earliest, latest = (max(steps - ITERATIONS / 10, 1.0), steps) if index % 10 else (-1.0, 0.0)
-        out = root / f"moment_{index:02d}"
-        attempts.append(
-            attempt(
+    assert process.returncode == 0, (straight / "log.txt").read_text()
+    print(
+        f"undisturbed: first step after {first_step:.1f} s, {ITERATIONS} steps after {last_step:.1f} s, last save and "
+        f"export after {duration:.1f} s\n",
+        flush=True,
+    )
+    attempts: list[Attempt] = []
+    for index, moment in enumerate(moments(options.moments, random.Random(options.seed))):
+        out, made = root / f"moment_{index:02d}", None
+        while made is None:
+            shutil.rmtree(out, ignore_errors=True)
+            made = attempt(
                 root,
                 straight,
                 out,
-                moment=draw.uniform(earliest, latest),
+                moment=moment,
                 start_time=first_step,
+                end_time=duration - last_step,
                 victim=VICTIMS[index % len(VICTIMS)],
-                in_background=index // len(VICTIMS) % 2 == 1,
+                in_background=(index + index // len(VICTIMS)) % 2 == 1,
             )
-        )
+            moment -= (moment % 1) / 2  # it was over: earlier, then
+        attempts.append(made)
         print(table(attempts[-1:]).splitlines()[-1], flush=True)
         if attempts[-1].same:
             shutil.rmtree(out)
     print("\n" + table(sorted(attempts, key=lambda one: one.moment)))
+    print("\n" + summary(attempts))
     return 0 if all(one.same for one in attempts) else 1
 
 
