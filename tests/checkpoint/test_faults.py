@@ -21,6 +21,7 @@ from megatron_taopd.errors import CheckpointError
 from megatron_taopd.testing import WorkerPool
 from megatron_taopd.testing.tiny_models import save_tiny_hf_model
 from tests.checkpoint.runs import Kind, Run
+from tests.needs import missing
 
 Pools = Callable[[int], WorkerPool]
 KIND = Kind(tp=2)
@@ -227,7 +228,7 @@ def test_a_full_disk_and_a_read_only_one(pool: Pools, model: Path, copied: Path,
     size = sum(file.stat().st_size for file in (copied / "iter_0000003").rglob("*"))
     mount = ["mount", "-t", "tmpfs", "-o", f"size={size + size // 2}", "tmpfs", str(place)]
     if subprocess.run(mount, capture_output=True).returncode:
-        pytest.skip("mounting a small file system takes root")
+        missing("mounting a small file system is not permitted", "run the tests as root")
     try:
         one = place / "checkpoints"
         one.mkdir()

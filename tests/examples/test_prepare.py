@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from megatron_taopd.testing.tiny_models import save_tiny_hf_model
+from tests.needs import needs_module
 
 SCRIPT = Path(__file__).resolve().parents[2] / "examples/quickstart/prepare.py"
 
@@ -66,7 +67,7 @@ def test_what_is_there_is_used_again_and_a_torn_one_is_not(prepare: ModuleType, 
 
 
 def test_prompts_differ_and_come_out_the_same_twice(prepare: ModuleType, tmp_path: Path) -> None:
-    pytest.importorskip("reasoning_gym")
+    needs_module("reasoning_gym")
     texts = []
     for name, num_train in (("a", 20), ("b", 30)):
         (tmp_path / name).mkdir()

@@ -21,6 +21,7 @@ from megatron_taopd.evaluation.tasks import load_tasks
 from megatron_taopd.evaluation.verdicts import Judge
 from megatron_taopd.suite.config import read_suite
 from megatron_taopd.suite.plan import Plan
+from tests.needs import needs_module
 from tests.report.pages import parse, table
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -63,7 +64,7 @@ class Made:
 @pytest.fixture(scope="module")
 def made(scripts: Any, tmp_path_factory: pytest.TempPathFactory) -> Made:
     """Everything of one regime, made by the scripts at tiny sizes."""
-    pytest.importorskip("reasoning_gym")
+    needs_module("reasoning_gym")
     home = tmp_path_factory.mktemp("reproduce")
     sizes = scripts.prepare.Sizes(
         num_terms=TERMS,
@@ -113,7 +114,7 @@ def _short_suite(home: Path, response_length: int) -> Path:
 
 
 def test_workings_are_right(scripts: Any) -> None:
-    pytest.importorskip("reasoning_gym")
+    needs_module("reasoning_gym")
     task = scripts.task
     for problem in islice(task.problems(9, 20), 20):
         *terms, start = problem.prompt.split(" ; ")
@@ -384,6 +385,6 @@ def test_packed_records_go_on_as_they_were(scripts: Any, made: Made, tmp_path: P
 
 
 def test_plot(scripts: ModuleType, made: Made, tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
+    needs_module("matplotlib")
     scripts.results.plot({REGIME: made.out}, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")

@@ -19,7 +19,7 @@ from megatron_taopd.ops.tiles import FAR_BELOW
 from megatron_taopd.ops.triton_statistics import MAX_SUPPORT_K, check_statistics_kernel
 from megatron_taopd.run_config import ModelPairConfig, ScoringConfig
 from tests.naive import make_problem
-from tests.needs import missing
+from tests.needs import needs_module
 from tests.oracle.cases import make_pair, make_rollouts
 from tests.teachability.test_statistics import compute
 
@@ -28,8 +28,7 @@ INTERPRETED = Path(__file__).with_name("triton_interpreted.py")
 
 @pytest.fixture()
 def _triton() -> None:
-    if importlib.util.find_spec("triton") is None:
-        missing("triton is not installed (pip install triton)")
+    needs_module("triton")
 
 
 @pytest.mark.usefixtures("_triton")

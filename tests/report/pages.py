@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import subprocess
 from dataclasses import dataclass, field
 from html.parser import HTMLParser
 from pathlib import Path
 
-import pytest
+from tests.needs import missing
 
 VOID = {"meta", "br", "input"}
 
@@ -92,10 +91,7 @@ def chromium(*flags: str, page: Path, scratch: Path) -> str:
     """Run a headless Chromium on a page; returns its standard output. Skips where there is none."""
     program = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
     if program is None:
-        reason = "no chromium; tools/install_test_packages.sh installs it"
-        if os.environ.get("TAOPD_TESTS_MUST_RUN") == "1":
-            pytest.fail(reason)
-        pytest.skip(reason)
+        missing("no chromium")
     command = [
         *(program, "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking"),
         *("--disable-component-update", "--disable-sync", "--hide-scrollbars", f"--user-data-dir={scratch}"),

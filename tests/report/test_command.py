@@ -16,6 +16,7 @@ import pytest
 from megatron_taopd import cli
 from megatron_taopd.commands.report import ReportConfig
 from megatron_taopd.errors import ConfigError, DataError
+from tests.needs import needs_module
 from tests.report.pages import Element, parse, series
 from tests.report.runs import make_run
 from tests.test_cli import unexplained_fields
@@ -177,7 +178,7 @@ def test_pngs_are_those_of_the_page(tmp_path: Path) -> None:
 
 
 def test_a_wheel_contains_the_templates(tmp_path: Path) -> None:
-    pytest.importorskip("setuptools", reason="setuptools, which torch brings, is not here")
+    needs_module("setuptools")  # torch brings it
     source = tmp_path / "source"
     source.mkdir()
     for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "LICENSE"):

@@ -16,6 +16,7 @@ from megatron_taopd.teachability import TokenStatistics, concat_statistics, toke
 from megatron_taopd.teachability.statistics import bytes_per_row
 from megatron_taopd.testing import WorkerPool
 from tests.naive import Problem, make_problem, statistics_row
+from tests.needs import missing
 
 NAMES = [f.name for f in fields(TokenStatistics)]
 
@@ -119,9 +120,10 @@ def test_tiles_do_not_matter(pool: Callable[[int], WorkerPool], ranks: int, ties
                 torch.testing.assert_close(got[name], want[name], rtol=1e-10, atol=1e-10, check_dtype=False, msg=name)
 
 
-@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on CPU")
 def test_compiled_passes_are_close() -> None:
     """One compiled loop adds up in fp32 in another order; ids and C come from the same code."""
+    if shutil.which("g++") is None:
+        missing("no g++, the C++ compiler that torch.compile calls on CPU")
     problem = make_problem(9, 301, padded=312).to(torch.float32)
     compiled = compute(problem, k=16, compiled=True)
     for name, value in compute(problem, k=16).items():
