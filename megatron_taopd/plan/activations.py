@@ -31,16 +31,17 @@ def activation_bytes(
     layers = stage_layers(hf, parallel, stage)
     full = [layer_bytes(hf, parallel, layer, tokens=tokens, size=size) for layer in layers]
     border = hidden_bytes(hf, parallel, tokens=tokens, size=size)
+    last = stage == parallel.pipeline_model_parallel_size - 1
+    norm = 2 * border if last else 0
     if recompute.recompute_granularity == "full":
         group = recompute.recompute_num_layers or 1
+        # While a piece runs again, everything of its layers is there.
         if recompute.recompute_method == "uniform":
             pieces = -(-len(full) // group)
-            # While a piece runs again, everything of its layers is there.
-            kept = pieces * border * in_flight
-            return round(kept) + sum(sorted(full)[-group:])
-        return round((border * min(group, len(full)) + sum(full[group:])) * in_flight) + max(full)
-    last = stage == parallel.pipeline_model_parallel_size - 1
-    return round((sum(full) + (2 * border if last else 0)) * in_flight)
+            return round((pieces * border + norm) * in_flight) + sum(sorted(full)[-group:])
+        return round((border * min(group, len(full)) + sum(full[group:]) + norm) * in_flight) + max(full)
+    # Selective: the core attention runs again, which keeps nothing beyond its operands and its result as it is.
+    return round((sum(full) + norm) * in_flight)
 
 
 def hidden_bytes(hf: HFModelConfig, parallel: ParallelConfig, *, tokens: int, size: int) -> int:

@@ -24,7 +24,7 @@ class PlanConfig:
     gpus_per_node: int = 8
     """GPUs that NVLink joins."""
     gpu: Literal["a100-40gb", "a100-80gb", "h100-80gb", "h200-141gb", "b200-180gb"] = "h100-80gb"
-    """GPU whose data sheet is used."""
+    """GPU: memory as its driver reports it, rates from the data sheet."""
     gpu_memory_gib: float | None = None
     """Memory of the GPU instead (GiB)."""
     bf16_tflops: float | None = None
@@ -61,7 +61,9 @@ class PlanConfig:
     """bf16 weights and activations (default: fp32)."""
     teacher_dtype: Literal["bf16", "fp32", "fp8"] | None = None
     """Weights of the teacher (default: the student's). fp8: one byte for each weight of the layers' matrices, bf16 for
-    the rest; a bound for planning, which `train` reaches only where weights are stored so."""
+    the rest; in `train` these are --teacher-fp8-format and --teacher-fp8-param-gather."""
+    score_head_precision: Literal["model", "fp8"] = "model"
+    """fp8: both LM heads are there in FP8 as well, a byte a weight and 4 bytes a row."""
     offload_teacher: bool = False
     """The teacher's weights are on the GPU in the scoring phase alone."""
     offload_teacher_hidden: bool = False
@@ -85,10 +87,15 @@ class PlanConfig:
                 raise ConfigError(f"--{name.replace('_', '-')} {value} must be positive")
         if not 0 <= self.reserve_gib < self.hardware.memory_gib:
             raise ConfigError(f"--reserve-gib {self.reserve_gib} must be in [0, {self.hardware.memory_gib:g})")
-        if self.recompute.recompute_granularity == "selective":
-            raise ConfigError("the plan knows nothing of selective recomputation; use full, or drop the flag")
         if self.teacher_dtype == "fp8" and self.hardware.fp8_tflops is None:
             raise ConfigError(f"--teacher-dtype fp8: the {self.gpu} has no FP8 units; use bf16")
+        if self.teacher_dtype == "fp8" and self.offload_teacher:
+            raise ConfigError(
+                "--teacher-dtype fp8 is --teacher-fp8-param-gather of `train`, whose weights --offload-teacher cannot "
+                "move; drop one"
+            )
+        if self.score_head_precision == "fp8" and self.hardware.fp8_tflops is None:
+            raise ConfigError(f"--score-head-precision fp8: the {self.gpu} has no FP8 units; use model")
         if self.propose and (self.parallel != ParallelConfig() or self.teacher_parallel != TeacherParallelConfig()):
             raise ConfigError("--propose tries layouts of its own, so that flags of a layout have no effect; drop them")
         if self.propose and self.recompute != RecomputeConfig():

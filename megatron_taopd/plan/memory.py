@@ -66,6 +66,10 @@ class Memory:
     head_gradient: int
     """The LM head's fp32 gradient, which is made beside DDP's buffer."""
     kv_cache: int
+    fp8_heads: int
+    """Both LM heads in FP8, beside those in the models' format."""
+    fp8_heads_in_rollout: int
+    """The teacher's; the student's is made anew after each optimizer step."""
     logits_not_held: int
     """What logits of both models at every response position of a replica's step would take, in fp32; not held."""
 
@@ -74,14 +78,20 @@ class Memory:
         """Bytes of each phase."""
         always = self.parameters + self.gradients + self.optimizer
         return {
-            "rollout": always + self.teacher_in_training + self.kv_cache + self.working,
-            "score": always + self.teacher + self.teacher_hidden + self.statistics_chunks + self.working,
+            "rollout": always + self.teacher_in_training + self.kv_cache + self.fp8_heads_in_rollout + self.working,
+            "score": always
+            + self.teacher
+            + self.teacher_hidden
+            + self.fp8_heads
+            + self.statistics_chunks
+            + self.working,
             "train": always
             + self.teacher_in_training
             + self.teacher_hidden
             + self.activations
             + self.loss_chunks
             + self.head_gradient
+            + self.fp8_heads
             + self.working,
         }
 
@@ -123,7 +133,12 @@ def stage_memory(config: PlanConfig, student: HFModelConfig, teacher: HFModelCon
     teacher_size = 4 if (config.teacher_dtype or ("bf16" if config.bf16 else "fp32")) == "fp32" else 2
     waiting = rows if not config.offload_teacher_hidden else config.micro_batch_size * config.max_response_length
     kv_heads = -(-student.num_kv_heads // tensor)
-    cached = min(config.rollout_batch_size, -(-responses // parallel.context_parallel_size)) * config.length
+    # The last token of a response is not read any more.
+    cached = min(config.rollout_batch_size, -(-responses // parallel.context_parallel_size)) * (config.length - 1)
+    fp8_heads = [
+        padded // tensor * (hf.hidden_size + 4) if last and config.score_head_precision == "fp8" else 0
+        for hf in (student, teacher)
+    ]
     micro_batches = responses // config.micro_batch_size
     return Memory(
         parameters=state.parameters,
@@ -151,6 +166,8 @@ def stage_memory(config: PlanConfig, student: HFModelConfig, teacher: HFModelCon
         loss_chunks=_LOSS_BUFFERS * config.logits_chunk_bytes if last else 0,
         head_gradient=padded // tensor * student.hidden_size * 4 if last else 0,
         kv_cache=2 * cached * kv_heads * student.head_dim * size * len(stage_layers(student, parallel, stage)),
+        fp8_heads=sum(fp8_heads),
+        fp8_heads_in_rollout=fp8_heads[1],
         logits_not_held=2 * rows * (padded // tensor) * 4 if last else 0,
     )
 

@@ -145,6 +145,14 @@ def advice(plan: Plan) -> str:
         },
     }
 
+    if config.teacher_dtype == "fp8":
+        del changes["--offload-teacher"]  # `train` cannot move weights that are stored in FP8
+    changes = {
+        flag: change
+        for flag, change in changes.items()
+        if any(getattr(config, name) != value for name, value in change.items())
+    }
+
     def peak_with(change: dict[str, Any]) -> int:
         return make_plan(replace(config, **change), plan.student, plan.teacher).peak
 
@@ -162,7 +170,7 @@ def advice(plan: Plan) -> str:
     outcome = (
         f"it fits with {' '.join(needed)}"
         if rest <= 0
-        else f"with all of these {rest:.1f} GiB are still missing: more GPUs (larger TP, PP or EP), "
-        "shorter responses, or GPUs of more memory"
+        else f"{'with all of these' if alone else 'no flag helps:'} {rest:.1f} GiB are still missing: more GPUs "
+        "(larger TP, PP or EP), shorter responses, or GPUs of more memory"
     )
     return f"{(plan.peak - plan.room) / GIB:.1f} GiB too much" + (f"; {alone}" if alone else "") + f"; {outcome}"

@@ -18,6 +18,8 @@ _PARTS = (
     "loss_chunks",
     "head_gradient",
     "kv_cache",
+    "fp8_heads",
+    "fp8_heads_in_rollout",
 )
 
 

@@ -33,8 +33,12 @@ def forward_flops(hf: HFModelConfig, length: int) -> float:
     """Of one sequence through the layers, without embedding and LM head."""
     count = count_parameters(hf)
     active = count.active - count.embedding - count.head
-    attention = 2 * length**2 * hf.all_heads_size * hf.num_layers  # causal: half of 4 L^2
-    return 2.0 * active * length + attention
+    return 2.0 * active * length + attention_flops(hf, length)
+
+
+def attention_flops(hf: HFModelConfig, length: int) -> float:
+    """Of the two products of queries, keys and values in the forward of one sequence."""
+    return 2.0 * length**2 * hf.all_heads_size * hf.num_layers  # causal: half of 4 L^2
 
 
 def phase_times(
@@ -54,13 +58,17 @@ def phase_times(
         batch * forward_flops(teacher, config.length),
     )
     heads = [2.0 * hf.hidden_size * hf.vocab_size for hf in (student, teacher)]
-    passes = 4 if config.recompute.recompute_granularity == "full" else 3
+    head_rate = rate
+    if config.score_head_precision == "fp8":
+        assert gpu.fp8_tflops is not None, "the configuration refuses FP8 on other GPUs"
+        head_rate = gpu.fp8_tflops * 1e12 * config.num_gpus
+    again = {None: 0.0, "full": one_student, "selective": batch * attention_flops(student, config.length)}
     # The loss forms both logits of the kept rows again, and the student's take a backward.
     loss = config.keep_ratio * rows * (3 * heads[0] + heads[1])
     compute = {
         "rollout": (one_student + rows * heads[0]) / rate,
-        "score": one_teacher / teacher_rate + (one_student + rows * sum(heads)) / rate,
-        "train": (passes * one_student + loss) / rate,
+        "score": one_teacher / teacher_rate + one_student / rate + rows * sum(heads) / head_rate,
+        "train": (3 * one_student + again[config.recompute.recompute_granularity] + loss) / rate,
     }
     links = {"nvlink": gpu.nvlink_gbps * 1e9, "network": gpu.network_gbps * 1e9}
     replicas = config.num_gpus // parallel.model_parallel_size

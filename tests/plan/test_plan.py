@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 from pathlib import Path
 
@@ -17,7 +18,8 @@ from megatron_taopd.plan.planning import make_plan
 from megatron_taopd.platform.layout import ParallelConfig
 from tests.examples.test_models import PUBLISHED
 
-CONFIGS = Path(__file__).resolve().parents[2] / "examples" / "models" / "configs"
+ROOT = Path(__file__).resolve().parents[2]
+CONFIGS = ROOT / "examples" / "models" / "configs"
 PAIR = (f"--student={CONFIGS / 'qwen3_4b'}", f"--teacher={CONFIGS / 'qwen3_32b'}")
 
 
@@ -67,8 +69,8 @@ def test_a_plan_by_hand(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert stage["teacher"] == pytest.approx(32.76e9 / 4 * 2, rel=0.01)
     assert stage["teacher_hidden"] == rows * 5120 * 2
     assert stage["logits_not_held"] == 2 * rows * (152064 // 4) * 4
-    # 2 x 36 layers x 2 of 8 key-value heads of 128 x 2 bytes, 32 responses of 4608 tokens
-    assert stage["kv_cache"] == 2 * 36 * 2 * 128 * 2 * 32 * 4608
+    # 2 x 36 layers x 2 of 8 key-value heads of 128 x 2 bytes, 32 responses of 4608 tokens; the last is not read
+    assert stage["kv_cache"] == 2 * 36 * 2 * 128 * 2 * 32 * 4607
     traffic = {(t["phase"], t["kind"]): t for t in plan["traffic"]}
     assert traffic["score", "statistics of the rows (TP)"]["num_bytes"] == 3 * 4 * (6 * 16 + 10) * rows
     # Half of (4 bytes of gradient down, 2 of weight up) goes to the other of two replicas
@@ -109,6 +111,29 @@ def test_what_is_said_to_help_helps() -> None:
     assert peak(bf16=True, use_distributed_optimizer=True) < plain
     assert peak(bf16=True, offload_teacher=True) < plain
     assert peak(bf16=True, teacher_dtype="fp8") < plain
+    assert peak(bf16=True, score_head_precision="fp8") > plain
+
+
+def test_nothing_is_advised_that_train_refuses(capsys: pytest.CaptureFixture[str]) -> None:
+    """Weights that are stored in FP8 cannot be offloaded; a flag that is given need not be given again."""
+    words = ["--gpu-memory-gib=20", "--bf16", "--tensor-model-parallel-size=4", "--sequence-parallel"]
+    assert cli.run(["plan", *PAIR, *words]) == 1
+    told = capsys.readouterr().out
+    assert "--offload-teacher saves" in told and "--bf16" not in told
+    assert cli.run(["plan", *PAIR, *words, "--teacher-dtype=fp8"]) == 1
+    told = capsys.readouterr().out.replace("--offload-teacher-hidden", "")
+    assert "--use-distributed-optimizer saves" in told and "--offload-teacher" not in told
+
+
+def test_the_table_of_the_page_is_what_the_command_prints(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One row, of a pair whose quickest layout is a close call; ``python tools/plan_table.py --write`` makes all."""
+    monkeypatch.syspath_prepend(str(ROOT / "tools"))
+    plan_table = importlib.import_module("plan_table")
+    text = plan_table.PAGE.read_text(encoding="utf-8")
+    assert plan_table.HEADER + "| qwen3_4b | qwen3_32b | 8 |" in text
+    assert plan_table.row("qwen3_8b", "qwen3_235b_a22b", 128) in text
+    for student, teacher, num_gpus in plan_table.ROWS:
+        assert f"\n| {student} | {teacher} | {num_gpus} |" in text
 
 
 @pytest.mark.parametrize(
@@ -119,7 +144,8 @@ def test_what_is_said_to_help_helps() -> None:
         (["--num-gpus=12", "--tensor-model-parallel-size=3", "--global-batch-size=12"], "does not divide"),
         (["--global-batch-size=63"], "must be a multiple"),
         (["--gpu=a100-80gb", "--teacher-dtype=fp8"], "no FP8"),
-        (["--recompute-granularity=selective"], "nothing of selective"),
+        (["--teacher-dtype=fp8", "--offload-teacher"], "--teacher-fp8-param-gather of `train`"),
+        (["--gpu=a100-80gb", "--score-head-precision=fp8"], "no FP8"),
         (["--expert-model-parallel-size=2"], "no effect"),
         (["--json=/nowhere/at/all.json"], "no directory"),
     ],
