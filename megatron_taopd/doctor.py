@@ -8,6 +8,10 @@ import os
 import platform as python_platform
 from dataclasses import dataclass, field
 
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+from packaging.version import InvalidVersion, Version
+
 from megatron_taopd import __version__
 from megatron_taopd.fp8_config import DEFAULT_RECIPE
 from megatron_taopd.fp8_support import RECIPES, Fp8Support
@@ -43,6 +47,8 @@ class Machine:
     """Package -> version; None where it is not installed."""
     apex: str | None
     """``nvidia``, ``unrelated`` (the PyPI project of that name) or None."""
+    engine_range: str = ""
+    """Versions of Transformer Engine that the installed megatron-core says it takes, such as ``<2.12,>=2.9``."""
     gpus: list[Gpu] = field(default_factory=list)
     cuda: str | None = None
     """Version that torch was built with."""
@@ -76,6 +82,7 @@ def inspect_machine() -> Machine:
         python=python_platform.python_version(),
         versions={name: _version(name, module) for name, module in PACKAGES.items()},
         apex=_which_apex(),
+        engine_range=_engine_range(),
         gpus=gpus,
         cuda=torch.version.cuda,
         backends=backends,
@@ -89,6 +96,24 @@ def _version(package: str, module: str) -> str | None:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return "unknown version" if _importable(module) else None
+
+
+def _engine_range() -> str:
+    """From the extras of megatron-core's metadata; empty where they say nothing."""
+    try:
+        needed = map(Requirement, importlib.metadata.requires("megatron-core") or [])
+    except importlib.metadata.PackageNotFoundError:
+        return ""
+    ranges = [requirement.specifier for requirement in needed if requirement.name == "transformer-engine"]
+    return str(ranges[0]) if ranges else ""
+
+
+def _engine_fits(machine: Machine) -> bool:
+    try:
+        engine = Version(machine.versions.get("transformer-engine") or "")
+    except InvalidVersion:  # not installed, or nothing is known of it
+        return True
+    return SpecifierSet(machine.engine_range).contains(engine.base_version)
 
 
 def _importable(module: str) -> bool:
@@ -186,6 +211,12 @@ def warnings(machine: Machine) -> list[str]:
     lines = []
     if machine.versions.get("megatron-core") is None:
         lines.append("megatron-core is not installed: pip install megatron-core")
+    if not _engine_fits(machine):
+        lines.append(
+            f"megatron-core {machine.versions.get('megatron-core')} is made for Transformer Engine "
+            f"{machine.engine_range} and {machine.versions['transformer-engine']} is installed: "
+            f'pip install --no-build-isolation "transformer-engine[pytorch]{machine.engine_range}"'
+        )
     if machine.apex == "unrelated":
         lines.append(
             "the installed package 'apex' is an unrelated PyPI project that megatron-core takes for NVIDIA's: "

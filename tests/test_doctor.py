@@ -18,6 +18,7 @@ from megatron_taopd.doctor import (
     inspect_machine,
     report,
     statistics_kernel_verdict,
+    warnings,
     what_is_used,
 )
 
@@ -74,6 +75,19 @@ def test_layers_follow_transformer_engine_and_cuda() -> None:
     assert "layers: Transformer Engine" in what_is_used(replace(CPU, gpus=[HOPPER], versions=WITH_TE))
     for machine in (CPU, replace(CPU, gpus=[HOPPER]), replace(CPU, versions=WITH_TE)):
         assert any("local layers" in line for line in what_is_used(machine))
+
+
+def test_an_engine_that_megatron_core_is_not_made_for() -> None:
+    hopper = replace(CPU, gpus=[HOPPER], backends=["nccl"], engine_range="<2.12.0,>=2.9.0a0")
+    for engine, fits in (("2.9", True), ("2.11.0+c188b53", True), ("2.12.1", False), ("2.8", False), (None, True)):
+        told = warnings(replace(hopper, versions=WITH_TE | {"transformer-engine": engine}))
+        assert [line for line in told if "is made for Transformer Engine <2.12" in line and str(engine) in line] == (
+            [] if fits else told
+        )
+        assert bool(told) != fits
+    assert not warnings(replace(hopper, engine_range="", versions=WITH_TE | {"transformer-engine": "9.9"}))
+    if version("megatron-core") == "0.16.1":
+        assert inspect_machine().engine_range == "<2.12.0,>=2.9.0a0"
 
 
 def test_the_triton_kernel_needs_triton_and_a_gpu() -> None:

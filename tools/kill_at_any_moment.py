@@ -69,7 +69,7 @@ def make_inputs(root: Path) -> None:
     (root / "prompts.jsonl").write_text("".join(json.dumps(prompt) + "\n" for prompt in prompts))
 
 
-def start(root: Path, out: Path, log: Path, *, in_background: bool) -> subprocess.Popen:
+def start(root: Path, out: Path, log: Path, *further: str, in_background: bool) -> subprocess.Popen:
     words = [
         *(sys.executable, "-m", "megatron_taopd.torchrun", "--standalone", f"--nproc-per-node={RANKS}"),
         *("-m", "megatron_taopd", "train"),
@@ -80,6 +80,7 @@ def start(root: Path, out: Path, log: Path, *, in_background: bool) -> subproces
         *(f"--save={out / 'checkpoints'}", f"--load={out / 'checkpoints'}"),
         *(f"--log-dir={out}", f"--export-hf={out / 'hf'}"),
         *(("--async-save",) if in_background else ()),
+        *further,
     ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     with log.open("ab") as stream:
