@@ -7,7 +7,7 @@ the package.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 
@@ -40,6 +40,11 @@ class Problem:
             self.old_logprobs.to(dtype),
             self.vocab,
         )
+
+    def on(self, device: str) -> Problem:
+        """The same on a device."""
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return Problem(**{n: v.to(device) if torch.is_tensor(v) else v for n, v in values.items()})
 
 
 def make_problem(

@@ -16,6 +16,7 @@ from megatron_taopd.teachability.two_stage import replace_in_sums
 from megatron_taopd.testing import WorkerPool
 from tests.fp8.test_head import rough_logits
 from tests.naive import Problem, make_problem, statistics_row, top_ids
+from tests.needs import FP8_DEVICES
 
 NAMES = [f.name for f in fields(TokenStatistics)]
 TEMPERATURE = 0.8
@@ -112,12 +113,13 @@ def test_tiles_do_not_matter(stages: int) -> None:
         torch.testing.assert_close(values, whole[column], rtol=2e-5, atol=2e-5, msg=column)
 
 
-def test_the_second_stage_gives_back_what_the_first_lost() -> None:
+@pytest.mark.parametrize("device", FP8_DEVICES)
+def test_the_second_stage_gives_back_what_the_first_lost(device: str) -> None:
     """On a head of 4,000 ids and hidden states of 64: D exactly, C but for the normaliser's tail."""
     problem = make_problem(64, 4000, padded=4096, width=64, seed=3)
     problem.student_hidden = problem.student_hidden * 0.35
     problem.teacher_hidden = problem.teacher_hidden * 0.4
-    problem = problem.to(torch.float32)
+    problem = problem.to(torch.float32).on(device)
     student, teacher = shards(problem)
     rough = (Fp8Head.of(student), Fp8Head.of(teacher))
     hidden = (problem.student_hidden, problem.teacher_hidden, problem.tokens)
