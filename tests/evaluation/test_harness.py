@@ -39,7 +39,7 @@ TASK = {
 @pytest.fixture
 def harness() -> None:
     if importlib.util.find_spec("lm_eval") is None:
-        missing('no lm-eval; pip install -e ".[dev]" brings it')
+        missing("no lm-eval", 'pip install -e ".[dev]" installs it')
 
 
 @pytest.fixture(autouse=True)
