@@ -18,6 +18,10 @@ compare() {
     "$python" -m megatron_taopd suite run --suite "$2" --out "$build/$1/suite" || [ $? -eq 1 ]
     "$python" $here/results.py pack "$build/$1/suite" "$docs/$1.jsonl"
     cp "$build/$1/suite/table.md" "$docs/$1.md"
+    if grep -q '^  teachability:' "$2"; then  # differences from it, too, each at its own budget
+        "$python" -m megatron_taopd suite table --out "$build/$1/suite" --baseline teachability > /dev/null
+        cp "$build/$1/suite/table-versus-teachability.md" "$docs/$1-versus-teachability.md"
+    fi
     "$python" -m megatron_taopd report --suite "$build/$1/suite" --title "$1"
 }
 

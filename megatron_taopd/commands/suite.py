@@ -34,6 +34,9 @@ class SuiteTableConfig:
 
     out: str
     """Directory of the suite."""
+    baseline: str | None = None
+    """Method that the differences are from, in the place of the suite file's, each row's at its own budget; written
+    beside the table as table-versus-METHOD.*."""
 
 
 @dataclass(kw_only=True)
@@ -97,13 +100,13 @@ def run_suite(config: SuiteRunConfig) -> int:
         distributed.shutdown()
 
 
-def show_table(plan: Any, look: Any) -> None:
-    """Write the table's files and print it."""
+def show_table(plan: Any, look: Any, *, name: str = "table") -> None:
+    """Write the table's files, of this name, and print it."""
     from megatron_taopd.suite.table import build_table
     from megatron_taopd.suite.writing import as_markdown, write_table
 
     table = build_table(plan, look)
-    paths = write_table(table, plan.out)
+    paths = write_table(table, plan.out, name)
     print(as_markdown(table))
     print(f"> {', '.join(map(str, paths))}", flush=True)
 
@@ -117,8 +120,11 @@ def table_of(config: SuiteTableConfig) -> int:
     path = Path(config.out) / SUITE_COPY
     if not path.is_file():
         raise ConfigError(f"--out {config.out} has no {SUITE_COPY}; it is no directory of taopd suite run")
-    plan = Plan(read_suite(path), config.out)
-    show_table(plan, lambda run: read_record(plan.directory(run)))
+    suite, name = read_suite(path), "table"
+    if config.baseline is not None:
+        suite, name = suite.with_baseline(config.baseline), f"table-versus-{config.baseline}"
+    plan = Plan(suite, config.out)
+    show_table(plan, lambda run: read_record(plan.directory(run)), name=name)
     return 0
 
 

@@ -9,7 +9,7 @@ import difflib
 import math
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +79,14 @@ class Suite:
     keep: str
     baseline: str | None
     """The method that the others are compared with, seed by seed."""
+
+    def with_baseline(self, name: str) -> Suite:
+        """The same suite, compared with another of its methods.
+
+        Raises:
+            ConfigError: it has no such method; the nearest name is shown.
+        """
+        return replace(self, baseline=_baseline(name, self.methods, f"suite {self.path}"))
 
 
 def read_suite(path: str | Path) -> Suite:

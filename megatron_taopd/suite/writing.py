@@ -24,13 +24,13 @@ SCALES = {
 UNKNOWN = "–"
 
 
-def write_table(table: dict[str, Any], directory: str | Path) -> list[Path]:
-    """Write ``table.md``, ``table.csv`` and ``table.json``; returns their paths."""
-    directory = Path(directory)
-    write_json(directory / "table.json", table)
-    write_text(directory / "table.csv", as_csv(table))
-    write_text(directory / "table.md", as_markdown(table))
-    return [directory / name for name in ("table.md", "table.csv", "table.json")]
+def write_table(table: dict[str, Any], directory: str | Path, name: str = "table") -> list[Path]:
+    """Write ``NAME.md``, ``NAME.csv`` and ``NAME.json``; returns their paths."""
+    markdown, comma_separated, json = (Path(directory) / f"{name}.{kind}" for kind in ("md", "csv", "json"))
+    write_json(json, table)
+    write_text(comma_separated, as_csv(table))
+    write_text(markdown, as_markdown(table))
+    return [markdown, comma_separated, json]
 
 
 def as_csv(table: dict[str, Any]) -> str:

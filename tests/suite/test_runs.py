@@ -122,6 +122,9 @@ def test_finished_runs_are_not_made_again_and_the_table_needs_their_records_alon
         copy.write_bytes(path.read_bytes())
     assert cli.run(["suite", "table", f"--out={bare}"]) == 0
     assert (bare / "table.csv").read_text() == (straight / "table.csv").read_text()
+    assert cli.run(["suite", "table", f"--out={bare}", "--baseline=teachability"]) == 0
+    assert "minus teachability" in (bare / "table-versus-teachability.md").read_text()
+    assert (bare / "table.csv").read_text() == (straight / "table.csv").read_text()
 
 
 def test_other_settings_of_a_finished_run_are_refused(straight: Path, home: Path) -> None:

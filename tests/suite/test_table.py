@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import scipy.stats
 
+from megatron_taopd.errors import ConfigError
 from megatron_taopd.suite.config import read_suite
 from megatron_taopd.suite.intervals import mean_interval, paired_interval
 from megatron_taopd.suite.plan import Plan, Run
@@ -181,3 +182,10 @@ def test_table_from_records(tmp_path: Path) -> None:
     untrained_line = next(line for line in text if line.startswith("| untrained"))
     assert dict(zip(head, untrained_line.split(" | "), strict=True))["share of tokens supervised (%)"] == "–"
     assert "tip at 5 %: failed with the seeds 3." in text
+
+    other = build_table(Plan(read_suite(suite).with_baseline("tip"), tmp_path), records.get)
+    rows = {row["method"]: row for row in other["rows"]}
+    assert rows["full"]["baseline"] == ["tip", 0.05] and rows["tip"]["baseline"] is None
+    assert rows["full"]["measures"]["kl_forward"]["versus_baseline"]["mean"] == pytest.approx(-0.6)
+    with pytest.raises(ConfigError, match="'ful' is none of the methods.*full"):
+        read_suite(suite).with_baseline("ful")
