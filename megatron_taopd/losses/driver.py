@@ -67,8 +67,8 @@ def distillation_loss(
         k: size of the supports of the top-K losses.
         temperature: divides the logits of both models.
         weights_R: detached factor a row (default: 1).
-        logits_chunk_bytes: memory for one chunk of one model's fp32 logits; two such buffers exist at once
-            (about eight for the ``topk_`` losses and those named by ``module:function``).
+        logits_chunk_bytes: memory for one chunk of one model's fp32 logits; two such buffers exist at once, on GPUs
+            three (``jsd`` four); about eight for the ``topk_`` losses and those named by ``module:function``.
 
     Returns:
         The scalar sum, replicated over the group, fp32 (fp64 for fp64 weights); with no rows a zero that

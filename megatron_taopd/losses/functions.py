@@ -10,19 +10,21 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 
-from megatron_taopd.ops.collectives import Group, sum_over_shards
+from megatron_taopd.ops.collectives import Group, all_gather, sum_over_shards
 from megatron_taopd.ops.vocab import (
+    best_of_ranks,
+    check_support_size,
     gather_ids,
     gather_local,
-    global_max,
+    local_max,
     log_probs,
     log_sum_exp,
     mark_ids,
-    top_k,
+    pack_best,
 )
 
 Support = Literal["student", "teacher", "union"]
@@ -128,38 +130,65 @@ def _both_log_probs(x: LossInputs) -> tuple[torch.Tensor, torch.Tensor]:
     return log_probs(x.student_logits_RV, x.group), log_probs(x.teacher_logits_RV, x.group)
 
 
-def _support_ids(x: LossInputs) -> tuple[torch.Tensor, torch.Tensor]:
-    """Ids [R, U] and which of them count [R, U] (an id of both supports counts once)."""
-    supports = [
-        top_k(logits, x.k, vocab_start=x.vocab_start, vocab_size=x.vocab_size, group=x.group)[1]
-        for name, logits in (("student", x.student_logits_RV), ("teacher", x.teacher_logits_RV))
-        if x.support in (name, "union")
+class _Supports(NamedTuple):
+    """Of each row, the same on all ranks."""
+
+    ids_RU: torch.Tensor
+    counted_RU: torch.Tensor
+    """An id of both supports counts once."""
+    maximum_2R: torch.Tensor
+    """Highest logits of student and teacher."""
+
+
+def _supports(x: LossInputs) -> _Supports:
+    """One all-gather: the candidates of each support that is asked for, and the maximum of the other model."""
+    check_support_size(x.k, x.vocab_size)
+    both, dtype = (x.student_logits_RV, x.teacher_logits_RV), x.student_logits_RV.dtype
+    wanted = [x.support in (name, "union") for name in ("student", "teacher")]
+    packed = [
+        pack_best(logits, x.k, x.vocab_start) if want else local_max(logits)[:, None].double()
+        for want, logits in zip(wanted, both, strict=True)
     ]
-    counted = [torch.ones_like(supports[0], dtype=torch.bool)]
-    if len(supports) == 2:
-        counted.append(~(supports[1][:, :, None] == supports[0][:, None, :]).any(-1))
-    return torch.cat(supports, dim=-1), torch.cat(counted, dim=-1)
+    parts = all_gather(torch.cat(packed, dim=-1), x.group).split([part.shape[-1] for part in packed], dim=-1)
+    ids: list[torch.Tensor] = []
+    maxima = []
+    for want, part_PRC in zip(wanted, parts, strict=True):
+        if want:
+            values_RK, ids_RK = best_of_ranks(part_PRC, dtype)
+            ids.append(ids_RK)
+            maxima.append(values_RK[:, 0])
+        else:
+            maxima.append(part_PRC[:, :, 0].amax(0).to(dtype))
+    counted = [torch.ones_like(ids[0], dtype=torch.bool)]
+    if len(ids) == 2:
+        counted.append(~(ids[1][:, :, None] == ids[0][:, None, :]).any(-1))
+    return _Supports(torch.cat(ids, dim=-1), torch.cat(counted, dim=-1), torch.stack(maxima))
 
 
 def _bucketed_log_probs(x: LossInputs) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Both models over the support's ids and the tail, and which slots count; each [R, U + 1].
 
     The tail is summed over its own ids: 1 minus the rest would lose it where it is small. Where the support
-    is the whole vocabulary the tail has (next to) no mass in either model and adds nothing.
+    is the whole vocabulary the tail has (next to) no mass in either model and adds nothing. One all-gather and one
+    sum over the ranks.
     """
-    ids_RU, counted_RU = _support_ids(x)
-    num_local = x.student_logits_RV.shape[-1]
-    inside_RV = mark_ids(ids_RU, vocab_start=x.vocab_start, num_valid=num_local)
+    supports = _supports(x)
+    inside_RV = mark_ids(supports.ids_RU, vocab_start=x.vocab_start, num_valid=x.student_logits_RV.shape[-1])
     tiny = torch.finfo(x.student_logits_RV.dtype).tiny
-    sides = []
-    for logits_RV in (x.student_logits_RV, x.teacher_logits_RV):
-        shifted_RV = logits_RV - global_max(logits_RV, x.group)[:, None]
+    partial = []
+    for logits_RV, maximum_R in zip((x.student_logits_RV, x.teacher_logits_RV), supports.maximum_2R, strict=True):
+        shifted_RV = logits_RV - maximum_R[:, None]
         mass_RV = shifted_RV.exp()
-        partial = [
-            gather_local(shifted_RV, ids_RU, x.vocab_start),
+        of_side = [
+            gather_local(shifted_RV, supports.ids_RU, x.vocab_start),
             mass_RV.sum(-1, keepdim=True),
             mass_RV.masked_fill(inside_RV, 0.0).sum(-1, keepdim=True),
         ]
-        at_ids, total, tail = sum_over_shards(torch.cat(partial, -1), x.group).split([ids_RU.shape[-1], 1, 1], dim=-1)
-        sides.append(torch.cat([at_ids, tail.clamp_min(tiny).log()], dim=-1) - total.log())
+        partial.append(torch.cat(of_side, dim=-1))
+    slots = supports.ids_RU.shape[-1]
+    sides = []
+    for side_RC in sum_over_shards(torch.stack(partial), x.group):
+        at_ids_RU, total_R1, tail_R1 = side_RC.split([slots, 1, 1], dim=-1)
+        sides.append(torch.cat([at_ids_RU, tail_R1.clamp_min(tiny).log()], dim=-1) - total_R1.log())
+    counted_RU = supports.counted_RU
     return sides[0], sides[1], torch.cat([counted_RU, torch.ones_like(counted_RU[:, :1])], dim=-1)

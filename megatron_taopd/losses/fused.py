@@ -1,8 +1,9 @@
 """Losses whose gradient is known in closed form, made in place in the buffers of the logits.
 
 Shapes: R rows, V ids of this rank. ``losses.functions`` has the same losses as plain differentiable functions; these
-need two buffers of [R, V] where autograd needs six, pass over them in blocks of rows that stay in cache, and make one
-collective a chunk (``jsd`` two).
+need two buffers of [R, V] and scratch where autograd needs six, pass over them in blocks of rows that stay in cache,
+and make one collective a chunk (``jsd`` two: its sums need the normalisers). A rank sends some float64 a row: 5 for the
+KLs, 6 for ``sampled_reverse_kl``, 4 for ``jsd`` and 2 more to its sum.
 """
 
 from __future__ import annotations
@@ -10,7 +11,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
+from functools import cached_property
+from typing import Literal, NamedTuple
 
 import torch
 
@@ -28,28 +30,37 @@ class Chunk:
     grad_scale_R: torch.Tensor | None
     """Factor of each row's gradient; None where none is wanted (the student's buffer then holds nothing of use)."""
 
+    @cached_property
+    def scratch(self) -> torch.Tensor:
+        """Of the size of a block, which on GPUs is the chunk: made once, for all passes."""
+        num_rows, width = self.inputs.student_logits_RV.shape
+        device = self.inputs.student_logits_RV.device
+        return self.inputs.student_logits_RV.new_empty(rows_of_block(num_rows, width, device), width)
+
     def blocks(self) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor, torch.Tensor]]:
         """Rows, both models' logits and a scratch buffer of the same shape, block by block."""
         student_RV, teacher_RV = self.inputs.student_logits_RV, self.inputs.teacher_logits_RV
-        num_rows, width = student_RV.shape
-        scratch = student_RV.new_empty(rows_of_block(num_rows, width, student_RV.device), width)
-        for rows in row_blocks(num_rows, width, student_RV.device):
-            yield rows, student_RV[rows], teacher_RV[rows], scratch[: rows.stop - rows.start]
+        for rows in row_blocks(*student_RV.shape, student_RV.device):
+            yield rows, student_RV[rows], teacher_RV[rows], self.scratch[: rows.stop - rows.start]
 
 
 FusedLoss = Callable[[Chunk], RowLosses]
 
 
 class _Normalisers(NamedTuple):
-    """float64 [R]; the same on all ranks."""
+    """float64 [R]; the same on all ranks, but for the scales."""
 
     lse_s: torch.Tensor
     lse_t: torch.Tensor
     scale_s: torch.Tensor
     """exp(z - this rank's maximum) times this is the student's probability."""
     scale_t: torch.Tensor
-    expectation: torch.Tensor
-    """Sum of a model's exp(z - maximum) times some x, over its softmax denominator."""
+    further: tuple[torch.Tensor, ...]
+    """What was asked for beside them."""
+
+
+_Further = Literal["student", "teacher", "sum"]
+"""Of a column of this rank: the expectation of x under a model, from sums of exp(z - maximum) times x; or its sum."""
 
 
 def _maximum(logits_RV: torch.Tensor) -> torch.Tensor:
@@ -58,24 +69,30 @@ def _maximum(logits_RV: torch.Tensor) -> torch.Tensor:
     return logits_RV.amax(-1)
 
 
-def _columns(rows: list[list[torch.Tensor]], like: torch.Tensor) -> torch.Tensor:
-    """Columns of blocks, joined: float64 [columns, R] (as many columns as any loss has where there are no rows)."""
-    if not rows:
-        return torch.zeros(7, 0, dtype=torch.float64, device=like.device)
-    return torch.cat([torch.stack(columns).double() for columns in rows], dim=1)
+def _normalise(blocks: list[list[torch.Tensor]], chunk: Chunk, *further: _Further) -> _Normalisers:
+    """Combine the columns of a chunk over the ranks, by one all-gather.
 
-
-def _normalise(columns_5R: torch.Tensor, chunk: Chunk, *, by_teacher: bool) -> _Normalisers:
-    """Combine maxima, masses (both models) and one dot product over the ranks."""
-    parts_P5R = all_gather(columns_5R, chunk.inputs.group)
-    maximum_2R = parts_P5R[:, :2].amax(0)
-    lower_P2R = (parts_P5R[:, :2] - maximum_2R).exp()
-    mass_2R = (lower_P2R * parts_P5R[:, 2:4]).sum(0)
+    Args:
+        blocks: of each block of rows both models' maxima, both masses, and a column for each of ``further``.
+    """
+    if blocks:
+        columns_CR = torch.cat([torch.stack(columns).double() for columns in blocks], dim=1)
+    else:
+        columns_CR = chunk.inputs.student_logits_RV.new_zeros(4 + len(further), 0, dtype=torch.float64)
+    parts_PCR = all_gather(columns_CR, chunk.inputs.group)
+    maximum_2R = parts_PCR[:, :2].amax(0)
+    lower_P2R = (parts_PCR[:, :2] - maximum_2R).exp()
+    mass_2R = (lower_P2R * parts_PCR[:, 2:4]).sum(0)
     lse_2R = maximum_2R + mass_2R.log()
-    side = int(by_teacher)
-    dot_R = (lower_P2R[:, side] * parts_P5R[:, 4]).sum(0)
-    scale_2R = (columns_5R[:2] - lse_2R).exp()
-    return _Normalisers(lse_2R[0], lse_2R[1], scale_2R[0], scale_2R[1], dot_R / mass_2R[side])
+    scale_2R = (columns_CR[:2] - lse_2R).exp()
+    combined = []
+    for kind, parts_PR in zip(further, parts_PCR[:, 4:].unbind(1), strict=True):
+        if kind == "sum":
+            combined.append(parts_PR.sum(0))
+        else:
+            side = ("student", "teacher").index(kind)
+            combined.append((lower_P2R[:, side] * parts_PR).sum(0) / mass_2R[side])
+    return _Normalisers(lse_2R[0], lse_2R[1], scale_2R[0], scale_2R[1], tuple(combined))
 
 
 def _column(x_R: torch.Tensor, rows: slice, like: torch.Tensor) -> torch.Tensor:
@@ -91,8 +108,9 @@ def forward_kl(chunk: Chunk) -> RowLosses:
         student.sub_(max_s[:, None]).exp_()
         teacher.sub_(max_t[:, None]).exp_()
         columns.append([max_s, max_t, student.sum(-1), teacher.sum(-1), gap.mul_(teacher).sum(-1)])
-    n = _normalise(_columns(columns, chunk.inputs.student_logits_RV)[:5], chunk, by_teacher=True)
-    loss_R = (n.lse_s - n.lse_t) - n.expectation
+    n = _normalise(columns, chunk, "teacher")
+    (gap_R,) = n.further
+    loss_R = (n.lse_s - n.lse_t) - gap_R
     if chunk.grad_scale_R is not None:
         of_student, of_teacher = chunk.grad_scale_R * n.scale_s, chunk.grad_scale_R * n.scale_t
         for rows, student, teacher, _ in chunk.blocks():
@@ -110,12 +128,13 @@ def reverse_kl(chunk: Chunk) -> RowLosses:
         torch.sub(student, teacher, out=teacher)
         student.sub_(max_s[:, None]).exp_()
         columns.append([max_s, max_t, student.sum(-1), mass_t, torch.mul(student, teacher, out=scratch).sum(-1)])
-    n = _normalise(_columns(columns, chunk.inputs.student_logits_RV)[:5], chunk, by_teacher=False)
-    loss_R = n.expectation - (n.lse_s - n.lse_t)
+    n = _normalise(columns, chunk, "student")
+    (gap_R,) = n.further
+    loss_R = gap_R - (n.lse_s - n.lse_t)
     if chunk.grad_scale_R is not None:
         of_student = chunk.grad_scale_R * n.scale_s
         for rows, student, gap, _ in chunk.blocks():
-            gap.sub_(_column(n.expectation, rows, gap))  # log p_s - log p_t - KL, as the normalisers cancel
+            gap.sub_(_column(gap_R, rows, gap))  # log p_s - log p_t - KL, as the normalisers cancel
             student.mul_(_column(of_student, rows, student)).mul_(gap)
     return loss_R, {}
 
@@ -135,8 +154,8 @@ def jsd(chunk: Chunk) -> RowLosses:
             torch.sub(logits, top[:, None], out=scratch).exp_().sum(-1)
             for logits, top in ((student, max_s), (teacher, max_t))
         )
-        columns.append([max_s, max_t, mass_s, mass_t, torch.zeros_like(mass_s)])
-    n = _normalise(_columns(columns, chunk.inputs.student_logits_RV)[:5], chunk, by_teacher=False)
+        columns.append([max_s, max_t, mass_s, mass_t])
+    n = _normalise(columns, chunk)
     odds, log_own = math.log(beta) - math.log1p(-beta), math.log1p(-beta)
     sums = []
     for rows, student, teacher, p_t in chunk.blocks():
@@ -147,7 +166,7 @@ def jsd(chunk: Chunk) -> RowLosses:
         student.exp_()
         of_t = torch.linalg.vecdot(p_t, ratio)
         # log p_s - log m = -log(1 - beta + beta p_t / p_s); log p_t - log m is the log ratio more.
-        r = ratio.copy_(torch.nn.functional.softplus(ratio + odds, threshold=50).add_(log_own).neg_())
+        r = ratio.copy_(torch.nn.functional.softplus(ratio.add_(odds), threshold=50).add_(log_own).neg_())
         of_t += torch.linalg.vecdot(p_t, r)
         sums.append(torch.stack([of_t, torch.linalg.vecdot(student, r)]).double())
     if not sums:
@@ -170,13 +189,12 @@ def sampled_reverse_kl(chunk: Chunk) -> RowLosses:
         token_s, token_t = (_at(logits, place_R[rows], here_R[rows]) for logits in (student, teacher))
         mass_t = torch.sub(teacher, max_t[:, None], out=scratch).exp_().sum(-1)
         student.sub_(max_s[:, None]).exp_()
-        columns.append([max_s, max_t, student.sum(-1), mass_t, torch.zeros_like(mass_t), token_s, token_t])
-    columns_7R = _columns(columns, x.student_logits_RV)
-    n = _normalise(columns_7R[:5], chunk, by_teacher=False)
-    token_2R = all_reduce_sum(columns_7R[5:].clone(), x.group)
+        columns.append([max_s, max_t, student.sum(-1), mass_t, token_s, token_t])
+    n = _normalise(columns, chunk, "sum", "sum")
+    token_s_R, token_t_R = n.further
     old_R = x.old_logprobs_R.double()
-    advantage_R = token_2R[1] - n.lse_t - old_R
-    ratio_R = (token_2R[0] - n.lse_s - old_R).exp()
+    advantage_R = token_t_R - n.lse_t - old_R
+    ratio_R = (token_s_R - n.lse_s - old_R).exp()
     unclipped_R = -advantage_R * ratio_R
     loss_R, metrics = unclipped_R, {"importance_ratio": ratio_R}
     slope_R = unclipped_R

@@ -92,10 +92,23 @@ def top_k(
         ConfigError: K is larger than the vocabulary.
     """
     check_support_size(k, vocab_size)
-    values, ids = best_of_row(logits_RV.detach(), k, vocab_start)
-    # float64 holds both fp32 logits and ids exactly, which makes it one collective.
-    candidates = all_gather(torch.cat([values.double(), ids.double()], dim=-1), group)
-    values_RC, ids_RC = (side.transpose(0, 1).flatten(1) for side in candidates.split(k, dim=-1))
-    values_RC, ids_RC = values_RC.to(logits_RV.dtype), ids_RC.long()
+    candidates = all_gather(pack_best(logits_RV, k, vocab_start), group)
+    return best_of_ranks(candidates, logits_RV.dtype)
+
+
+def pack_best(logits_RV: torch.Tensor, k: int, vocab_start: int) -> torch.Tensor:
+    """This rank's K best logits and their ids [R, 2K], detached.
+
+    float64 holds both fp32 logits and ids exactly, which makes it one collective.
+    """
+    values_RK, ids_RK = best_of_row(logits_RV.detach(), k, vocab_start)
+    return torch.cat([values_RK.double(), ids_RK.double()], dim=-1)
+
+
+def best_of_ranks(packed_PRC: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """The K best of what :func:`pack_best` packed on every rank: values of the logits' type and ids; [R, K]."""
+    k = packed_PRC.shape[-1] // 2
+    values_RC, ids_RC = (side.transpose(0, 1).flatten(1) for side in packed_PRC.split(k, dim=-1))
+    values_RC, ids_RC = values_RC.to(dtype), ids_RC.long()
     order = order_best_first(values_RC, ids_RC, k)
     return values_RC.gather(-1, order), ids_RC.gather(-1, order)

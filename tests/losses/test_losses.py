@@ -16,6 +16,7 @@ from megatron_taopd.losses.fused import FUSED_LOSSES
 from megatron_taopd.ops import HeadShard
 from megatron_taopd.testing import WorkerPool
 from tests.naive import Problem, loss_rows, make_problem
+from tests.traffic import Calls, counted_collectives, peak_live_bytes
 
 LOSS_CASES = {
     "reverse_kl": LossConfig(),
@@ -152,6 +153,55 @@ def test_value_and_gradient_equal_brute_force(
                     check_dtype=False,
                     msg=lambda text, at=f"{case}, {loss}, {name}": f"{at}: {text}",
                 )
+
+
+def traffic(k: int) -> dict[str, Calls]:
+    """The collectives of loss and gradient of 8 rows in chunks of 4, by loss."""
+    problem = make_problem(8, 101, padded=120).to(torch.float32)
+    calls = {}
+    for name, config in LOSS_CASES.items():
+        with counted_collectives() as calls[name]:
+            run_one(problem, config, k=k, chunk_rows=4)
+    return calls
+
+
+def expected_traffic(config: LossConfig, k: int) -> Calls:
+    """A row: float64 columns of the fused losses; of a top-K loss the candidates (value and id) of its supports and the
+    other model's maximum in float64, then for both models the support's logits, mass and tail in fp32."""
+    columns = {"reverse_kl": 5, "forward_kl": 5, "jsd": 4, "sampled_reverse_kl": 6}
+    if config.loss in columns:
+        sums = [("all_reduce", 8 * 2)] if config.loss == "jsd" else []
+        return [("all_gather", 8 * columns[config.loss]), *sums]
+    supports = 2 if config.loss_support == "union" else 1
+    return [("all_gather", 8 * (supports * 2 * k + 2 - supports)), ("all_reduce", 2 * 4 * (supports * k + 2))]
+
+
+@pytest.mark.parametrize(("ranks", "k"), [(2, 16), (4, 5)])
+def test_collectives_of_a_chunk_have_no_vocabulary_term(pool: Callable[[int], WorkerPool], ranks: int, k: int) -> None:
+    """One a chunk, two for jsd and the top-K losses; of 4 rows each, in two chunks."""
+    for calls in pool(ranks).run(traffic, k):
+        for name, config in LOSS_CASES.items():
+            assert calls[name] == 2 * [(kind, 4 * size) for kind, size in expected_traffic(config, k)], name
+
+
+MEMORY_CASES = {"reverse_kl": 3, "forward_kl": 3, "jsd": 4, "sampled, clipped": 3, "topk_reverse_kl, union": 8.25}
+"""Buffers of a chunk's logits that exist at once where a block of rows is the whole chunk, as on GPUs."""
+
+
+@pytest.mark.parametrize("loss", MEMORY_CASES)
+def test_memory_of_every_position_does_not_grow_with_rows_times_vocabulary(loss: str) -> None:
+    """Loss and gradient where all positions are kept: chunks, the head's gradient and per-row numbers only."""
+    vocab, chunk_rows = 20_000, 16
+    chunk_bytes = 4 * vocab * chunk_rows
+
+    def peak(rows: int) -> int:
+        problem = make_problem(rows, vocab, padded=vocab).to(torch.float32)
+        return peak_live_bytes(lambda: run_one(problem, LOSS_CASES[loss], chunk_rows=chunk_rows))
+
+    small, large = peak(64), peak(512)
+    weights = 4 * vocab * (12 + 16 + 12)  # both heads, which run_one copies, and the student's gradient
+    assert 0 < small - weights - MEMORY_CASES[loss] * chunk_bytes < chunk_bytes / 10
+    assert large - small < 448 * 200  # bytes a row; a row of one model's logits has 80,000
 
 
 def two_ids(student: tuple[float, ...], teacher: tuple[float, ...]) -> Problem:

@@ -17,6 +17,7 @@ from megatron_taopd.teachability.statistics import bytes_per_row
 from megatron_taopd.testing import WorkerPool
 from tests.naive import Problem, make_problem, statistics_row
 from tests.needs import missing
+from tests.traffic import Calls, counted_collectives, peak_live_bytes
 
 NAMES = [f.name for f in fields(TokenStatistics)]
 
@@ -130,27 +131,11 @@ def test_compiled_passes_are_close() -> None:
         torch.testing.assert_close(compiled[name], value, rtol=1e-4, atol=1e-5, msg=name)
 
 
-def traffic(rows: int, k: int) -> list[tuple[str, int]]:
-    """Name and payload in bytes of every collective that the statistics of ``rows`` rows make."""
+def traffic(rows: int, k: int) -> Calls:
+    """The collectives that the statistics of ``rows`` rows make."""
     problem = make_problem(rows, 101, padded=120).to(torch.float32)
-    calls: list[tuple[str, int]] = []
-    real = {name: getattr(torch.distributed, name) for name in ("all_reduce", "all_gather", "broadcast")}
-
-    def counting(name: str) -> Callable:
-        def call(*args, **kwargs):
-            tensor = args[1] if name == "all_gather" else args[0]
-            calls.append((name, tensor.numel() * tensor.element_size()))
-            return real[name](*args, **kwargs)
-
-        return call
-
-    for name in real:
-        setattr(torch.distributed, name, counting(name))
-    try:
+    with counted_collectives() as calls:
         compute(problem, chunk_rows=4, k=k)
-    finally:
-        for name, function in real.items():
-            setattr(torch.distributed, name, function)
     return calls
 
 
@@ -170,14 +155,7 @@ def test_memory_does_not_grow_with_rows_times_vocabulary() -> None:
 
     def peak(rows: int) -> int:
         problem = make_problem(rows, vocab, padded=vocab).to(torch.float32)
-        with torch.profiler.profile(profile_memory=True) as profile:
-            in_tiles(problem, tile_bytes)
-        live = top = 0
-        for event in profile.profiler.kineto_results.events():
-            if event.name() == "[memory]":
-                live += event.nbytes()
-                top = max(top, live)
-        return top
+        return peak_live_bytes(lambda: in_tiles(problem, tile_bytes))
 
     small, large = peak(64), peak(512)
     assert 2 * tile_bytes < small < 2 * tile_bytes + 8 * 2**20
