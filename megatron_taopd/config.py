@@ -120,6 +120,13 @@ class TrainConfig:
                 "--score-from rollout takes the hidden states of the student's own generation, and --rollout-engine "
                 f"{self.rollout.rollout_engine} has none; use --score-from forward or --rollout-engine megatron"
             )
+        student_fp8 = self.precision.fp8_settings()
+        if student_fp8 is not None:
+            raise ConfigError(
+                "--score-from rollout would score the hidden states of another model than the one that is trained: a "
+                f"student in training generates without FP8, and {student_fp8.flag} trains it with; use --score-from "
+                "forward"
+            )
         if self.selection.selection_scope == "carried":
             raise ConfigError(
                 "--score-from rollout has no effect with --selection-scope carried, which scores inside the training "

@@ -92,7 +92,8 @@ class ScoringConfig:
     --support-k to 128; not yet run on a GPU, see docs/kernels.md)."""
     score_from: Literal["forward", "rollout"] = "forward"
     """Where scoring has the student's final hidden states from: a forward pass over the responses, or the generation
-    itself (--rollout-engine megatron), which then keeps a row of the hidden size a token; they differ by rounding."""
+    itself (--rollout-engine megatron), which then keeps a row of the hidden size a token; they differ by rounding. Not
+    with --fp8-format: a student in training generates without FP8."""
     offload_teacher: bool = False
     """Between scoring phases the teacher's weights wait in host memory; its LM head, which the loss needs, stays."""
     offload_teacher_hidden: bool = False

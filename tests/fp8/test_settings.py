@@ -149,6 +149,10 @@ def test_a_teacher_has_no_history() -> None:
             ("--teacher-fp8-format=e4m3", "--teacher-fp8-param-gather", "--offload-teacher"),
             ("--offload-teacher", "--teacher-fp8-param-gather"),
         ),
+        (
+            ("--fp8-format=hybrid", "--score-from=rollout"),
+            ("--score-from rollout", "--fp8-format hybrid", "generates without FP8", "use --score-from forward"),
+        ),
         (("--score-head-stages=1",), ("--score-head-stages 1 has no effect", "--score-head-precision fp8")),
         (("--fp8-format=e5m2",), ("--fp8-format", "e4m3", "hybrid")),
     ],
@@ -166,6 +170,12 @@ def test_flags_that_do_not_go_together(
         pytest.fail("nothing was refused")
     for word in wanted:
         assert word in message
+
+
+def test_hidden_states_of_the_rollout_beside_fp8_elsewhere() -> None:
+    """Only the student's own layers in training differ from those that generate."""
+    words = ("--score-from=rollout", "--teacher-fp8-format=e4m3", "--score-head-precision=fp8")
+    assert parsed(*words).scoring.score_from == "rollout"
 
 
 def test_the_loss_is_weighed_by_exact_log_probabilities(capsys: pytest.CaptureFixture[str]) -> None:

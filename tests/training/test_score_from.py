@@ -15,6 +15,7 @@ from tests.training.recording import Kept, merged, run_and_record
 
 LAYOUTS: dict[str, tuple[int, tuple[str, ...]]] = {
     "one": (1, ()),
+    "bf16": (1, ("--bf16",)),
     "dp2": (2, ()),
     "cp2": (2, ("--context-parallel-size=2",)),
     "cp2pp2-packed": (
@@ -26,6 +27,10 @@ LAYOUTS: dict[str, tuple[int, tuple[str, ...]]] = {
         ("--tensor-model-parallel-size=2", "--pipeline-model-parallel-size=2", "--sequence-parallel"),
     ),
 }
+
+
+CLOSE = {"bf16": (5e-2, 3e-2)}
+"""Scores (absolute) and metrics (relative) agree so closely, 1e-3 where nothing is said: to the rounding of the type."""
 
 
 @pytest.fixture(scope="module")
@@ -63,18 +68,19 @@ def both_ways(root: Path, name: str) -> list[list[Kept]]:
 
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_both_select_the_same_positions_up_to_numerical_ties(pool, root: Path, name: str) -> None:
+    of_scores, of_metrics = CLOSE.get(name, (1e-3, 1e-3))
     answers = pool(LAYOUTS[name][0]).run(both_ways, root, name)
     (forward,), (rollout,) = (merged([answer[way] for answer in answers]) for way in (0, 1))
     assert set(forward) == set(rollout) and len(forward) > 40
     cut = min(score for keep, score in forward.values() if keep)
     for place, (keep, score) in forward.items():
-        assert rollout[place][1] == pytest.approx(score, abs=1e-3)
+        assert rollout[place][1] == pytest.approx(score, abs=of_scores)
         if rollout[place][0] != keep:  # only where its score is the cut's, up to rounding
-            assert score == pytest.approx(cut, abs=1e-3), place
+            assert score == pytest.approx(cut, abs=of_scores), place
     rows = [json.loads((root / name / how / "metrics.jsonl").read_text()) for how in ("forward", "rollout")]
     assert [row["student_scoring_forwards"] for row in rows] == [1, 0]
     for key in ("loss", "grad_norm", "mean_D", "mean_C", "mean_H", "kl_forward", "num_kept_tokens"):
-        assert rows[1][key] == pytest.approx(rows[0][key], rel=1e-3), key
+        assert rows[1][key] == pytest.approx(rows[0][key], rel=of_metrics), key
 
 
 def rollout_with_hidden(prompt: int, response: int, first: float) -> Rollout:
