@@ -126,6 +126,7 @@ class _ChunkedLoss(torch.autograd.Function):
             total += loss_sum
             if grad_logits_RV is None:
                 continue
+            grad_logits_RV = head.operand(grad_logits_RV, teacher_RV)  # the teacher's logits have been read
             if grad_hidden is not None:
                 grad_hidden[rows] = head.hidden_gradient(grad_logits_RV)
             if grad_weight is not None:

@@ -40,7 +40,7 @@ class Chunk:
     def blocks(self) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor, torch.Tensor]]:
         """Rows, both models' logits and a scratch buffer of the same shape, block by block."""
         student_RV, teacher_RV = self.inputs.student_logits_RV, self.inputs.teacher_logits_RV
-        for rows in row_blocks(*student_RV.shape, student_RV.device):
+        for rows in row_blocks(student_RV.shape[0], student_RV.shape[1], student_RV.device):
             yield rows, student_RV[rows], teacher_RV[rows], self.scratch[: rows.stop - rows.start]
 
 

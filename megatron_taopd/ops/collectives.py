@@ -8,6 +8,7 @@ rank.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -40,6 +41,24 @@ def all_gather(tensor: torch.Tensor, group: Group) -> torch.Tensor:
         return tensor.unsqueeze(0).expand(group_size(group), *tensor.shape)
     out = tensor.new_empty(group_size(group), *tensor.shape)
     torch.distributed.all_gather(list(out.unbind(0)), tensor.contiguous(), group=group)
+    return out
+
+
+def all_to_all_rows(rows_RH: torch.Tensor, counts: Sequence[int], group: Group) -> torch.Tensor:
+    """Send each rank its part of the rows, which lie in rank order, without autograd.
+
+    Args:
+        counts: rows for each rank, the same on all ranks.
+
+    Returns:
+        [ranks, own count, H]: what every rank had for this one.
+    """
+    ranks, own = group_size(group), counts[group_rank(group)]
+    out = rows_RH.new_empty(ranks, own, rows_RH.shape[1])
+    if rows_RH.numel():
+        torch.distributed.all_to_all_single(
+            out.flatten(0, 1), rows_RH.contiguous(), [own] * ranks, list(counts), group=group
+        )
     return out
 
 

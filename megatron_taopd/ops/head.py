@@ -18,8 +18,9 @@ DEFAULT_LOGITS_CHUNK_BYTES = 64 * 2**20
 _CAST_ROWS = 4096
 _CHOSEN_VALUES = 2**20  # of weights that are gathered at once
 
-# torch.mm multiplies bf16 into fp32 from this version on, and on CUDA alone; elsewhere operands are cast first.
-_HAS_OUT_DTYPE = tuple(int(n) for n in torch.__version__.split(".")[:2]) >= (2, 8)
+# From torch 2.8 on, and on CUDA alone, products of bf16 are written (and added) in fp32 without a copy; elsewhere
+# operands are cast first. tests/ops/test_head.py compares the two where there is a GPU.
+_HAS_OUT_DTYPE = all("dtype_out" in op.overloads() for op in (torch.ops.aten.mm, torch.ops.aten.addmm))
 
 
 @dataclass(frozen=True)
@@ -97,26 +98,42 @@ class HeadShard:
             out[row_L[part], slot_L[part]] = torch.linalg.vecdot(weight_LH, hidden_LH)
         return out if temperature == 1.0 else out.div_(temperature)
 
+    def operand(self, grad_logits_RV: torch.Tensor, buffer_RV: torch.Tensor) -> torch.Tensor:
+        """The gradient of :meth:`logits` rounded to the weights' type, as every operand of a product is.
+
+        Args:
+            buffer_RV: of the gradient's size, and of no more use; it takes what has to be rounded.
+        """
+        dtype = self.weight.dtype
+        if grad_logits_RV.dtype == dtype:
+            return grad_logits_RV
+        rounded = buffer_RV.view(dtype).flatten()[: grad_logits_RV.numel()]
+        return rounded.view(grad_logits_RV.shape).copy_(grad_logits_RV)
+
     def hidden_gradient(self, grad_logits_RV: torch.Tensor) -> torch.Tensor:
-        """[R, H] behind :meth:`logits`, partial over the shards: the sum over the group is the gradient."""
+        """[R, H] behind :meth:`logits`, partial over the shards: the sum over the group is the gradient.
+
+        Args:
+            grad_logits_RV: of the weights' type; see :meth:`operand`.
+        """
         weight_VH = self.valid_weight()
-        parts = [_matmul(grad_logits_RV[:, part].to(weight_VH.dtype), weight_VH[part]) for part in _parts(weight_VH)]
-        if not parts:
-            return grad_logits_RV.new_zeros(grad_logits_RV.shape[0], weight_VH.shape[1])
-        return parts[0] if len(parts) == 1 else torch.stack(parts).sum(0)
+        first, *others = _parts(weight_VH) if self.num_valid else (slice(0, 0),)
+        total_RH = _matmul(grad_logits_RV[:, first], weight_VH[first])
+        for part in others:
+            _add_product(total_RH, grad_logits_RV[:, part], weight_VH[part])
+        return total_RH
 
     def add_weight_gradient(
         self, total_VH: torch.Tensor, grad_logits_RV: torch.Tensor, hidden_RH: torch.Tensor
     ) -> None:
-        """Add the weight gradient of :meth:`logits` to ``total_VH`` (rows of padding included) in place."""
+        """Add the weight gradient of :meth:`logits` to ``total_VH`` (rows of padding included) in place.
+
+        Args:
+            grad_logits_RV: of the weights' type; see :meth:`operand`.
+        """
         own_VH = total_VH[: self.num_valid]
-        hidden_RH = hidden_RH.detach()
         for part in _parts(self.valid_weight()):
-            grad_VR = grad_logits_RV[:, part].to(self.weight.dtype).t()
-            if grad_VR.dtype == hidden_RH.dtype == total_VH.dtype:
-                own_VH[part].addmm_(grad_VR, hidden_RH)
-            else:
-                own_VH[part] += _matmul(grad_VR, hidden_RH)
+            _add_product(own_VH[part], grad_logits_RV[:, part].t(), hidden_RH.detach())
 
     def chunks(self, num_rows: int, logits_chunk_bytes: int) -> Iterator[slice]:
         """Row slices whose fp32 logits fill at most ``logits_chunk_bytes``; one empty slice without rows.
@@ -141,11 +158,29 @@ def _parts(weight_VH: torch.Tensor) -> Iterator[slice]:
     return slices(num_ids, _CAST_ROWS if casts else max(num_ids, 1))
 
 
+def _is_written_wide(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether the device multiplies these operands into fp32 as they are."""
+    return _HAS_OUT_DTYPE and a.is_cuda and a.dtype == b.dtype and a.dtype not in (torch.float32, torch.float64)
+
+
+def _is_cast(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return a.dtype != b.dtype or a.dtype not in (torch.float32, torch.float64)
+
+
 def _matmul(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
     """Product accumulated and returned in fp32, or in fp64 for fp64 operands."""
-    if a.dtype != b.dtype or a.dtype not in (torch.float32, torch.float64):
-        if _HAS_OUT_DTYPE and a.is_cuda and a.dtype == b.dtype:
-            product = torch.mm(a, b, out_dtype=torch.float32)
-            return product if out is None else out.copy_(product)
+    if _is_written_wide(a, b):
+        return torch.mm(a, b, out_dtype=torch.float32, out=out)
+    if _is_cast(a, b):
         a, b = a.float(), b.float()
     return torch.mm(a, b, out=out)
+
+
+def _add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
+    """Add what :func:`_matmul` gives to ``total``, which is of its type, in place."""
+    if _is_written_wide(a, b):
+        torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
+    elif _is_cast(a, b):
+        total += _matmul(a, b)
+    else:
+        total.addmm_(a, b)

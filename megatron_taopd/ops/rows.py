@@ -5,11 +5,39 @@ Shapes: S sequence (S/ranks under sequence parallelism), B batch, H hidden size,
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
-from megatron_taopd.ops.collectives import Group, all_gather, all_reduce_sum, group_rank, group_size
+from megatron_taopd.ops.collectives import (
+    Group,
+    all_gather,
+    all_reduce_sum,
+    all_to_all_rows,
+    group_rank,
+    group_size,
+)
+
+
+class _Owners(NamedTuple):
+    """Whose the wanted rows are under sequence parallelism; the same on every rank."""
+
+    owner_R: torch.Tensor
+    by_owner_R: torch.Tensor
+    """Rows in order of their owners."""
+    counts: list[int]
+    """Rows of each rank."""
+
+    @classmethod
+    def of(cls, owner_R: torch.Tensor, ranks: int) -> _Owners:
+        """Reads the counts once."""
+        return cls(owner_R, owner_R.argsort(stable=True), torch.bincount(owner_R, minlength=ranks).tolist())
+
+    @property
+    def are_uneven(self) -> bool:
+        """Most rows are so few ranks' that a sum over all ranks, which moves 2 R rows a rank, is less than what the
+        fullest rank sends or gets by itself, ranks x most."""
+        return len(self.counts) * max(self.counts) > 2 * self.owner_R.numel()
 
 
 class _GatherRows(torch.autograd.Function):
@@ -25,39 +53,54 @@ class _GatherRows(torch.autograd.Function):
         ctx.shape, ctx.group = hidden_SBH.shape, group
         rows_RH = hidden_SBH.reshape(num_local, -1)
         if not sequence_parallel:
-            ctx.save_for_backward(row_index_R, torch.ones_like(row_index_R, dtype=torch.bool))
+            ctx.owners = None
+            ctx.save_for_backward(row_index_R)
             return rows_RH[row_index_R]
-        owner_R = row_index_R // num_local
-        mine_R = owner_R == group_rank(group)
-        index_R = (row_index_R - group_rank(group) * num_local).where(mine_R, 0)
-        ctx.save_for_backward(index_R, mine_R)
-        return _collect(rows_RH, index_R, mine_R, owner_R, group)
+        owners = _Owners.of(row_index_R // num_local, group_size(group))
+        start = sum(owners.counts[: group_rank(group)])
+        mine_L = owners.by_owner_R[start : start + owners.counts[group_rank(group)]]
+        index_L = row_index_R[mine_L] - group_rank(group) * num_local
+        ctx.owners, ctx.mine_L = owners, mine_L
+        ctx.save_for_backward(index_L)
+        return _collect(rows_RH[index_L], mine_L, owners, group)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
-        index, mine = ctx.saved_tensors
-        grad_RH = all_reduce_sum(grads[0].clone(), ctx.group).masked_fill(~mine[:, None], 0.0)
+        (index_L,) = ctx.saved_tensors
+        if ctx.owners is None:
+            grad_LH = all_reduce_sum(grads[0].clone(), ctx.group)
+        else:
+            grad_LH = _sum_for_owners(grads[0], ctx.mine_L, ctx.owners, ctx.group)
         steps, batch, hidden = ctx.shape
-        grad = grad_RH.new_zeros(steps * batch, hidden).index_add_(0, index, grad_RH)
+        grad = grad_LH.new_zeros(steps * batch, hidden).index_add_(0, index_L, grad_LH)
         return grad.view(ctx.shape), None, None, None
 
 
-def _collect(
-    rows_RH: torch.Tensor, index_R: torch.Tensor, mine_R: torch.Tensor, owner_R: torch.Tensor, group: Group
-) -> torch.Tensor:
-    """All wanted rows [R, H] on every rank, by whichever collective moves less."""
-    ranks, num_rows = group_size(group), index_R.numel()
-    count_P = torch.bincount(owner_R, minlength=ranks)
-    most = int(count_P.max())
-    if ranks * most > 2 * num_rows:
-        # Most rows are one rank's: a sum moves 2 R rows a rank, a gather (ranks x most).
-        return all_reduce_sum(rows_RH[index_R].masked_fill(~mine_R[:, None], 0.0), group)
-    own_RH = rows_RH.new_zeros(most, rows_RH.shape[1])
-    own_RH[: int(mine_R.sum())] = rows_RH[index_R[mine_R]]
-    by_owner = owner_R.argsort(stable=True)
-    place_R = torch.empty_like(by_owner)
-    place_R[by_owner] = torch.arange(num_rows, device=place_R.device) - (count_P.cumsum(0) - count_P)[owner_R[by_owner]]
-    return all_gather(own_RH, group)[owner_R, place_R]
+def _collect(own_LH: torch.Tensor, mine_L: torch.Tensor, owners: _Owners, group: Group) -> torch.Tensor:
+    """All wanted rows [R, H] on every rank from each rank's own, by whichever collective moves less."""
+    counts, num_rows = owners.counts, owners.owner_R.numel()
+    if owners.are_uneven:
+        rows_RH = own_LH.new_zeros(num_rows, own_LH.shape[1])
+        rows_RH[mine_L] = own_LH
+        return all_reduce_sum(rows_RH, group)
+    padded_LH = own_LH.new_zeros(max(counts), own_LH.shape[1])
+    padded_LH[: own_LH.shape[0]] = own_LH
+    parts = zip(all_gather(padded_LH, group), counts, strict=True)
+    rows_RH = own_LH.new_empty(num_rows, own_LH.shape[1])
+    rows_RH[owners.by_owner_R] = torch.cat([part_LH[:count] for part_LH, count in parts])
+    return rows_RH
+
+
+def _sum_for_owners(grad_RH: torch.Tensor, mine_L: torch.Tensor, owners: _Owners, group: Group) -> torch.Tensor:
+    """Gradients of this rank's own rows [L, H], summed over the ranks, by whichever collective moves less.
+
+    An all-to-all moves what a reduce-scatter does, with no padding where ranks have different numbers of rows, and
+    over gloo half of what gloo's reduce-scatter does, which is an all-reduce.
+    """
+    if owners.are_uneven:
+        return all_reduce_sum(grad_RH.clone(), group)[mine_L]
+    received_PLH = all_to_all_rows(grad_RH[owners.by_owner_R], owners.counts, group)
+    return received_PLH.sum(0)
 
 
 def gather_rows(
@@ -74,6 +117,7 @@ def gather_rows(
 
     Returns:
         [R, H]. Its gradient is taken as partial over the group (each rank's share of the vocabulary) and
-        summed before it flows on, so that use it for nothing but a vocab-parallel head.
+        summed before it flows on (under sequence parallelism on the rank that has the row alone), so that use it for
+        nothing but a vocab-parallel head.
     """
     return _GatherRows.apply(hidden_SBH, row_index_R, group, sequence_parallel and group_size(group) > 1)

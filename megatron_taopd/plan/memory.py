@@ -12,7 +12,10 @@ from megatron_taopd.platform.layout import ParallelConfig
 
 _BYTES = {"bf16": 2, "fp32": 4}
 _STATISTICS_BUFFERS, _LOSS_BUFFERS = 5, 3
-"""On a GPU, where passes go over whole tiles: both models' logits and scratch."""
+"""On a GPU, where passes go over whole tiles: both models' logits, and three and one buffer of scratch.
+
+``jsd`` has four in all and the ``topk_`` losses about eight; tests/losses counts them on CPU, with blocks as large as a
+chunk."""
 
 
 @dataclass(frozen=True, kw_only=True)
