@@ -1,4 +1,5 @@
-"""Selection inside the training forward, by what earlier steps left behind: the student reads the batch once."""
+"""Selection inside the training forward, by what earlier steps left behind or by place: the student reads the batch
+once."""
 
 from __future__ import annotations
 
@@ -31,11 +32,12 @@ logger = logging.getLogger(__name__)
 
 
 class CarriedScope:
-    """``--selection-scope carried``: see :mod:`megatron_taopd.teachability.carried`.
+    """``--selection-scope carried`` (:mod:`megatron_taopd.teachability.carried`); selectors that read no statistics.
 
     The teacher reads the batch first. In the training forward the loss function scores a micro-batch's rows without
     gradient and keeps those above the carried cut. After the step the estimate moves towards this batch. A run without
-    an estimate makes its first step as ``global``; selectors that read no statistics are exact and carry nothing.
+    an estimate makes its first step as ``global``. Selectors that read no statistics are exact and carry nothing: what
+    they keep and the loss are those of a ``global`` step, whichever scope was asked for.
     """
 
     def __init__(self, exact: GlobalScope, saved: dict[str, Any]) -> None:

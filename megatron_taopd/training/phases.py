@@ -14,6 +14,7 @@ from megatron_taopd.data.batches import MicroBatch
 from megatron_taopd.monitor_config import MonitorConfig
 from megatron_taopd.platform import device
 from megatron_taopd.teachability.phases import Fallback, PhaseConfig
+from megatron_taopd.teachability.selectors import READS_NO_STATISTICS
 from megatron_taopd.training.carried import CarriedScope
 from megatron_taopd.training.pair import ModelPair
 from megatron_taopd.training.scopes import GlobalScope, Outcome, SelectionScope
@@ -36,7 +37,9 @@ def open_scope(
         selection = config.selection.with_selector(selector)
         alone = replace(config, selection=selection, phases=PhaseConfig(), monitor=MonitorConfig())
         exact = GlobalScope(alone, pair, student, temperature=temperature)
-        return CarriedScope(exact, saved) if selection.selection_scope == "carried" else exact
+        if selection.selection_scope == "carried" or _is_chosen_by_place(alone):
+            return CarriedScope(exact, saved)
+        return exact
 
     phases = config.phases
     configured = scope_of(config.selection.selector, saved)
@@ -46,6 +49,12 @@ def open_scope(
     if phases.fallback_selector is not None:
         scope.add_fallback(scope_of(phases.fallback_selector, saved.get("fallback_scope", {})), saved.get("fallback"))
     return scope
+
+
+def _is_chosen_by_place(config: TrainConfig) -> bool:
+    """Whether the kept rows are known without statistics, which the training forward can then give: the student needs
+    no pass of its own for them, and neither kept rows nor loss are others."""
+    return config.selection.selector in READS_NO_STATISTICS and config.scoring.score_from == "forward"
 
 
 class PhasedScope:
