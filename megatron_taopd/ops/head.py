@@ -19,7 +19,7 @@ _CAST_ROWS = 4096
 _CHOSEN_VALUES = 2**20  # of weights that are gathered at once
 
 # From torch 2.8 on, and on CUDA alone, products of bf16 are written (and added) in fp32 without a copy; elsewhere
-# operands are cast first. tests/ops/test_head.py compares the two where there is a GPU.
+# operands are cast first. Not yet run on a GPU; tests/ops/test_head.py does it where there is one.
 _HAS_OUT_DTYPE = all("dtype_out" in op.overloads() for op in (torch.ops.aten.mm, torch.ops.aten.addmm))
 
 
