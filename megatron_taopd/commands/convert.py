@@ -99,6 +99,7 @@ def verify(config: VerifyConfig) -> int:
             dtype=_dtype(config.dtype),
             tolerance=config.tolerance,
             tensors=config.tensors,
+            allow_tensor_differences=config.allow_tensor_differences,
         )
         print(verdict.report(), flush=True)
         return 0 if verdict.passed else 1

@@ -104,8 +104,13 @@ class VerifyConfig:
     tolerance: float = 1e-3
     """Largest difference of a logit that passes; the exit status is 1 above it. Raise it for bfloat16."""
     tensors: bool = True
-    """Compare tensor by tensor as well."""
+    """Compare tensor by tensor as well; one that differs after rounding to the stored type fails."""
+    allow_tensor_differences: bool = False
+    """Pass with tensors that differ: for a model that was trained, held against the one it began as. They are reported,
+    and logits (see --tolerance) and settings decide."""
 
     def __post_init__(self) -> None:
+        if self.allow_tensor_differences and not self.tensors:
+            raise ConfigError("--allow-tensor-differences has no effect with --no-tensors; drop one of them")
         if not self.tolerance > 0:
             raise ConfigError(f"--tolerance {self.tolerance} must be above 0")

@@ -8,8 +8,10 @@ from typing import Any
 from megatron_taopd.models.hf_config import HFModelConfig
 
 
-def megatron_arguments(hf: HFModelConfig, padded_vocab_size: int) -> Namespace:
-    """What ``--use-checkpoint-args`` of Megatron reads, and ``padded_vocab_size``."""
+def megatron_arguments(
+    hf: HFModelConfig, padded_vocab_size: int, *, make_vocab_size_divisible_by: int = 128
+) -> Namespace:
+    """What ``--use-checkpoint-args`` of Megatron reads, and ``padded_vocab_size`` with the multiple that gave it."""
     values: dict[str, Any] = dict(
         num_layers=hf.num_layers,
         hidden_size=hf.hidden_size,
@@ -40,7 +42,7 @@ def megatron_arguments(hf: HFModelConfig, padded_vocab_size: int) -> Namespace:
         hidden_dropout=0.0,
         vocab_size=hf.vocab_size,
         padded_vocab_size=padded_vocab_size,
-        make_vocab_size_divisible_by=128,
+        make_vocab_size_divisible_by=make_vocab_size_divisible_by,
         ckpt_format="torch_dist",
         tensor_model_parallel_size=1,
         pipeline_model_parallel_size=1,

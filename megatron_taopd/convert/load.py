@@ -8,13 +8,31 @@ import torch
 
 from megatron_taopd.convert.health import WeightReport
 from megatron_taopd.convert.hf_reader import HFReader
-from megatron_taopd.convert.mapping import Shard, named, rule_for
+from megatron_taopd.convert.mapping import Shard, named, rule_for, rules
 from megatron_taopd.convert.parameters import parameters_with_rules
 from megatron_taopd.models.hf_config import HFModelConfig
 from megatron_taopd.platform import distributed
+from megatron_taopd.platform.together import from_rank_zero
 
 if TYPE_CHECKING:
     from megatron_taopd.models.gpt import DistillationGPTModel
+
+
+def refuse_other_tensors(hf: HFModelConfig) -> None:
+    """Refuse weight files with tensors that the configuration has no place for. Collective; rank 0 reads the headers.
+
+    Such files are of another model than config.json says: biases that would be left out, layers past the last, a head
+    beside the embedding it should be tied to.
+
+    Raises:
+        ModelError: names a tensor and its file; the same error on every rank. A file is missing or no safetensors.
+    """
+
+    def look() -> None:
+        known = {named(template, layer) for layer, rule in rules(hf) for template in rule.hf}
+        HFReader(hf.path).refuse_others(known, tied=hf.tied)
+
+    from_rank_zero(look)
 
 
 def load_hf_weights(module: DistillationGPTModel, hf: HFModelConfig) -> WeightReport:

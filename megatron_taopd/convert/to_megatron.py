@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import shutil
+from argparse import Namespace
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -98,6 +99,7 @@ def convert_to_megatron(
     padded = pad_vocab_size(hf.vocab_size, tp=1, multiple=make_vocab_size_divisible_by)
     tensors = list(full_tensors(hf, padded))
     reader.refuse_others({name for tensor in tensors for name in tensor.hf_names}, tied=hf.tied)
+    arguments = megatron_arguments(hf, padded, make_vocab_size_divisible_by=make_vocab_size_divisible_by)
     files = _deal([piece for tensor in tensors for piece in _pieces(tensor, reader, dtype)], max_shard_bytes)
     job = {
         "direction": "hf-to-megatron",
@@ -105,13 +107,14 @@ def convert_to_megatron(
         "config": hf.raw,
         "dtype": str(dtype),
         "padded_vocab_size": padded,
+        "make_vocab_size_divisible_by": make_vocab_size_divisible_by,
         "max_shard_bytes": max_shard_bytes,
         "torch": torch.__version__,
     }
     try:
         workspace = Workspace(out_dir, job=job, overwrite=overwrite, replaceable=_reason_to_keep)
         if not workspace.already_published:
-            _write(workspace, reader, hf, files, padded)
+            _write(workspace, reader, hf, files, arguments)
         workspace.publish()
     except OSError as error:
         raise CheckpointError(f"cannot write {out_dir}: {error}") from error
@@ -146,7 +149,9 @@ def _deal(pieces: list[_Piece], max_bytes: int) -> list[list[_Piece]]:
     return files
 
 
-def _write(workspace: Workspace, reader: HFReader, hf: HFModelConfig, files: list[list[_Piece]], padded: int) -> None:
+def _write(
+    workspace: Workspace, reader: HFReader, hf: HFModelConfig, files: list[list[_Piece]], arguments: Namespace
+) -> None:
     index = IndexWriter()
     progress = Progress("converted", sum(piece.num_bytes for file in files for piece in file))
     for number, pieces in enumerate(files):
@@ -163,7 +168,7 @@ def _write(workspace: Workspace, reader: HFReader, hf: HFModelConfig, files: lis
         for piece, (start, length) in zip(pieces, places, strict=True):
             index.add(piece.chunk(name, start, length))
     release = workspace.content / layout.RELEASE
-    index.write(release, _common(hf, padded))
+    index.write(release, _common(hf, arguments))
     shutil.rmtree(release / layout.HF_FILES, ignore_errors=True)
     layout.copy_hf_files(hf.path, release / layout.HF_FILES)
     layout.write_latest_release(workspace.content)
@@ -185,9 +190,9 @@ def _value(piece: _Piece, reader: HFReader) -> torch.Tensor:
     return value.to(piece.dtype).reshape(*(1 for _ in tensor.part.place), *piece.sizes)
 
 
-def _common(hf: HFModelConfig, padded: int) -> dict[str, Any]:
+def _common(hf: HFModelConfig, arguments: Namespace) -> dict[str, Any]:
     return {
-        "args": megatron_arguments(hf, padded),
+        "args": arguments,
         "checkpoint_version": 3.0,
         "iteration": 0,
         "taopd": {"extra_state": {}, "layout": None, "optimizer": None, "real_vocab_size": hf.vocab_size},

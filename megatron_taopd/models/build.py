@@ -121,6 +121,7 @@ def load_model(
     source: str | Path,
     parallel: ParallelConfig,
     *,
+    hf: HFModelConfig | None = None,
     params_dtype: torch.dtype,
     padded_vocab_size: int | None = None,
     trainable: bool,
@@ -132,6 +133,7 @@ def load_model(
     Args:
         source: an HF directory or a Megatron checkpoint directory.
         parallel: the layout that :func:`platform.distributed.initialize` was given.
+        hf: what the model is (default: the configuration in ``source``).
         params_dtype: of the weights; whatever the file holds is converted.
         padded_vocab_size: default: the model's own vocabulary padded by :func:`pad_vocab_size`.
         trainable: in training mode with gradients; otherwise in eval mode without.
@@ -139,14 +141,15 @@ def load_model(
         head: False leaves the LM head out; see :func:`load_head`.
 
     Raises:
-        ModelError: the directory, a tensor or its values are unusable; the same error on every rank.
+        ModelError: the directory, a tensor or its values are unusable, or there are tensors that the configuration has
+            no place for; the same error on every rank.
         ConfigError: the layout does not divide the model, or Megatron refuses the settings.
     """
     # Conversion is a room above this one.
     from megatron_taopd.convert.health import inspect, merged, refuse_unusable
-    from megatron_taopd.convert.load import load_hf_weights
+    from megatron_taopd.convert.load import load_hf_weights, refuse_other_tensors
 
-    hf = load_hf_config(source)
+    hf = hf or load_hf_config(source)
     if trainable and hf.experts is not None and parallel.tensor_model_parallel_size > 1:
         if not parallel.sequence_parallel:
             raise ConfigError(
@@ -154,6 +157,8 @@ def load_model(
                 "megatron-core trains them with --sequence-parallel only; set that flag"
             )
     config = build_transformer_config(hf, parallel, params_dtype=params_dtype, **(overrides or {}))
+    if not is_megatron_checkpoint(source):
+        refuse_other_tensors(hf)
     padded = padded_vocab_size or pad_vocab_size(hf.vocab_size, tp=parallel.tensor_model_parallel_size)
     virtual = config.virtual_pipeline_model_parallel_size
     modules = [

@@ -76,6 +76,28 @@ def _pickled(path: Path) -> None:
     (path / "model.safetensors").rename(path / "pytorch_model.bin")
 
 
+def _biases(path: Path) -> None:
+    """Of Qwen2 in a file that config.json calls a Llama."""
+    _edit(
+        path, lambda tensors: tensors.update({f"model.layers.0.self_attn.{n}_proj.bias": torch.ones(64) for n in "qkv"})
+    )
+
+
+def _more_layers(path: Path) -> None:
+    file = path / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"num_hidden_layers": 2}))
+
+
+def _tie(path: Path) -> None:
+    file = path / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"tie_word_embeddings": True}))
+
+
+def _tie_to_a_copy(path: Path) -> None:
+    _tie(path)
+    _edit(path, lambda tensors: tensors["lm_head.weight"].copy_(tensors["model.embed_tokens.weight"]))
+
+
 CASES = {
     "zero": (_zero_value_projection, "1 tensor.s. are all zero: model.layers.2.self_attn.v_proj.weight"),
     "nan": (_put_nan, "not finite: model.layers.3.mlp.up_proj.weight"),
@@ -85,6 +107,12 @@ CASES = {
     "truncated": (_truncate, "may be truncated"),
     "missing file": (_lose_a_file, "model-00002-of-00002.safetensors is missing"),
     "all zero": (_all_zero, "39 tensor.s. are all zero: lm_head.weight"),
+    "biases": (
+        _biases,
+        "model.safetensors: no place for tensor 'model.layers.0.self_attn.k_proj.bias' in this architecture",
+    ),
+    "more layers": (_more_layers, "no place for tensor 'model.layers.2.input_layernorm.weight'"),
+    "another head": (_tie, "no place for tensor 'lm_head.weight'.* but the head here is another"),
     "pickled": (_pickled, "found pytorch_model.bin; convert to safetensors"),
 }
 
@@ -108,12 +136,15 @@ def test_every_rank_refuses_with_the_reason(pool, tmp_path):
     _split(split)
     paths = {"healthy": str(healthy), "split": str(split)}
     llama = save_tiny_hf_model(tmp_path / "llama", "llama", seed=2)
+    _tie_to_a_copy(Path(shutil.copytree(llama, tmp_path / "tied copy")))
+    paths["tied copy"] = str(tmp_path / "tied copy")
     for name, (damage, _) in CASES.items():
         copy = shutil.copytree(llama, tmp_path / name)
         damage(copy)
         paths[name] = str(copy)
     for layout in ("TP1", "TP2-PP2-SP"):
         for errors in pool(4).run(_errors, paths, layout):
-            assert errors.pop("healthy") == errors.pop("split") == "loaded"  # a bias may be zero
+            assert {errors.pop(name) for name in ("healthy", "split", "tied copy")} == {"loaded"}  # a bias may be zero
+            assert errors.keys() == CASES.keys()
             for name, message in errors.items():
                 assert re.search(CASES[name][1], message), (layout, name, message)

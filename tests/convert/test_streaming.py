@@ -65,6 +65,7 @@ def test_what_lies_in_a_converted_checkpoint(models, converted) -> None:
         assert arguments.num_layers == 2 and arguments.hidden_size == hf.hidden_size
         assert arguments.rotary_base == hf.rope_theta and arguments.kv_channels == hf.head_dim
         assert arguments.padded_vocab_size == 512 and arguments.vocab_size == 509
+        assert arguments.make_vocab_size_divisible_by == 128
         assert arguments.untie_embeddings_and_output_weights == (not hf.tied)
     kept = sorted(file.name for file in (converted["qwen3"] / "release" / "hf").iterdir())
     assert kept == ["config.json", "generation_config.json", "tokenizer.json"]
@@ -85,6 +86,7 @@ def test_another_type_and_padding(models, tmp_path) -> None:
     )
     reader = CheckpointReader(made / "release")
     assert reader.tensors["output_layer.weight"].size == (509, 64)
+    assert reader.common()["args"].make_vocab_size_divisible_by == 1
     back = tensors(convert_to_hf(made, tmp_path / "hf", dtype=torch.float32))
     for key, value in tensors(models["mistral"]).items():
         assert back[key].dtype == torch.float32 and torch.equal(back[key], value.bfloat16().float())

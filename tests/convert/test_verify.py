@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 from megatron_taopd.cli import run
 from megatron_taopd.commands.common import ranks
@@ -118,6 +119,60 @@ def test_planted_mistakes_are_caught_and_named(one_process, tmp_path, kind) -> N
         assert ("the stored argument rotary_base is 1000000.0" in report) == (kind == "megatron" and "rope" in name)
 
 
+def _spoil_rows_not_read(path: Path) -> None:
+    """Of the embedding, those that no prompt of four tokens reads."""
+    read = torch.randint(509, (4,), generator=torch.Generator().manual_seed(0))
+    spared = torch.ones(509, dtype=torch.bool).index_fill(0, read, False)
+    _edit(path, lambda t: t["model.embed_tokens.weight"].masked_fill_(spared[:, None], 7.0))
+
+
+EXPERT = "model.layers.1.mlp.experts.{}.down_proj.weight"
+
+
+def _spoil_experts_not_visited(path: Path) -> None:
+    """Four tokens visit eight of the 32 experts at most."""
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+    read = torch.randint(509, (1, 4), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        visited = model(read, output_router_logits=True).router_logits[1].topk(2).indices.unique().tolist()
+    assert 2 <= len(visited) <= 8
+    _edit(path, lambda t: [t[EXPERT.format(e)].fill_(7.0) for e in range(32) if e not in visited])
+
+
+@pytest.mark.parametrize("kind", ["hf", "megatron"])
+@pytest.mark.parametrize("spoil", [_spoil_rows_not_read, _spoil_experts_not_visited])
+def test_mistakes_that_no_prompt_shows(one_process, tmp_path, kind: str, spoil: Callable[[Path], None]) -> None:
+    family, settings = ("llama", {}) if spoil is _spoil_rows_not_read else ("qwen3_moe", {"num_experts": 32})
+    original = save_tiny_hf_model(tmp_path / "original", family, num_layers=2, tied=False, **settings)
+    model = Path(shutil.copytree(original, tmp_path / "wrong"))
+    spoil(model)
+    if kind == "megatron":
+        model = convert_to_megatron(model, tmp_path / "megatron")
+    verdict = verify_model(original, model, max_tokens=4)
+    assert verdict.logits_agree and verdict.max_difference < 2e-5 and not verdict.passed
+    name = "embed_tokens.weight: 99" if family == "llama" else ".down_proj.weight: 100"
+    assert name in verdict.report() and "FAILED" in verdict.report()
+    assert f"{len(verdict.tensors)} of {verdict.num_tensors} tensors are not the original's" in verdict.report()
+    verdict.allow_tensor_differences = True
+    assert verdict.passed and "differ, which --allow-tensor-differences allows" in verdict.report()
+
+
+def test_types_round_and_do_not_differ(one_process, tmp_path) -> None:
+    original = save_tiny_hf_model(tmp_path / "original", "qwen3", num_layers=1)
+    made = convert_to_megatron(original, tmp_path / "megatron", dtype=torch.bfloat16)
+    verdict = verify_model(original, made, max_tokens=8, tolerance=1.0)
+    assert verdict.passed and not verdict.tensors and verdict.max_difference > 1e-3
+
+
+def test_a_checkpoint_without_a_configuration(one_process, tmp_path) -> None:
+    original = save_tiny_hf_model(tmp_path / "original", "qwen2", num_layers=2)
+    made = convert_to_megatron(original, tmp_path / "megatron")
+    shutil.rmtree(made / "release" / "hf")
+    verdict = verify_model(original, made, max_tokens=8)
+    assert verdict.passed, verdict.report()
+    assert "settings: the same (the checkpoint has no hf/config.json: the original's was taken)" in verdict.report()
+
+
 def test_what_cannot_be_compared(one_process, tmp_path) -> None:
     original = save_tiny_hf_model(tmp_path / "original", "qwen3", num_layers=2, head_dim=32)
     shallow = save_tiny_hf_model(tmp_path / "shallow", "qwen3", num_layers=1, head_dim=32)
@@ -128,10 +183,9 @@ def test_what_cannot_be_compared(one_process, tmp_path) -> None:
     assert "must be a Hugging Face directory" in _verify(convert_to_megatron(original, tmp_path / "m"), original)[1]
 
 
-def _command(original: str, model: str, prompts: str, tolerance: str) -> int:
-    return run(
-        ["convert", "verify", "--hf", original, "--model", model, "--prompts", prompts, "--tolerance", tolerance]
-    )
+def _command(original: str, model: str, prompts: str, tolerance: str, *more: str) -> int:
+    words = ["--hf", original, "--model", model, "--prompts", prompts, "--tolerance", tolerance, *more]
+    return run(["convert", "verify", *words])
 
 
 def test_given_prompts_and_exit_status(tmp_path, monkeypatch, capsys) -> None:
@@ -146,3 +200,8 @@ def test_given_prompts_and_exit_status(tmp_path, monkeypatch, capsys) -> None:
     assert "2 prompts, 7 positions, float32" in capsys.readouterr().out
     assert _command(*words, "1e-12") == 1
     assert "the two models compute differently, or float32 is too coarse" in capsys.readouterr().out
+    _edit(original, lambda t: t["model.embed_tokens.weight"][40:].add_(1.0))
+    assert _command(*words, "1e-3") == 1
+    assert "1 of 12 tensors are not the original's, though these prompts" in capsys.readouterr().out
+    assert _command(*words, "1e-3", "--allow-tensor-differences") == 0
+    assert _command(*words, "1e-3", "--no-tensors") == 0
