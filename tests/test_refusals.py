@@ -196,7 +196,7 @@ CASES: dict[str, tuple[Callable[[Path], tuple[str, ...]], int, tuple[str, ...]]]
     "virtual stages do not divide the layers": (
         flags("--pipeline-model-parallel-size=2", "--num-virtual-stages-per-pipeline-rank=2"),
         2,
-        ("--num-virtual-stages-per-pipeline-rank 2", "4", "2 layers", "student"),
+        ("--num-virtual-stages-per-pipeline-rank 2", "a stage 1 of the 2 layers", "student"),
     ),
     "virtual stages of unequal size": (
         flags(
@@ -204,8 +204,8 @@ CASES: dict[str, tuple[Callable[[Path], tuple[str, ...]], int, tuple[str, ...]]]
             "--num-virtual-stages-per-pipeline-rank=2",
             "--decoder-first-pipeline-num-layers=1",
         ),
-        0,
-        ("--decoder-first-pipeline-num-layers", "--num-virtual-stages-per-pipeline-rank 2"),
+        2,
+        ("a stage 1 of the 2 layers", "--num-virtual-stages-per-pipeline-rank 2"),
     ),
     "too few micro-batches for virtual stages": (
         flags("--pipeline-model-parallel-size=2", "--num-virtual-stages-per-pipeline-rank=2", "--global-batch-size=3"),

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import sys
 import typing
 from collections.abc import Callable
 
@@ -28,9 +29,18 @@ from megatron.training import arguments, global_vars, initialize, training  # no
 from megatron.training.argument_utils import pretrain_cfg_container_from_args  # noqa: E402
 
 
-def parse_arguments(add_arguments: Callable[[argparse.ArgumentParser], argparse.ArgumentParser]) -> argparse.Namespace:
-    """Megatron's flags of the command line and those that ``add_arguments`` adds; not yet validated."""
-    return arguments.parse_args(add_arguments)
+def parse_arguments(
+    add_arguments: Callable[[argparse.ArgumentParser], argparse.ArgumentParser],
+) -> tuple[argparse.Namespace, set[str]]:
+    """Megatron's flags of the command line and those that ``add_arguments`` adds, not yet validated; and the names of
+    those that are not as they would be without a command line."""
+    args = arguments.parse_args(add_arguments)
+    words, sys.argv = sys.argv, [sys.argv[0], "--taopd-config", args.taopd_config]
+    try:
+        defaults = vars(arguments.parse_args(add_arguments))
+    finally:
+        sys.argv = words
+    return args, {name for name, value in vars(args).items() if value != defaults[name]}
 
 
 def run_pretrain(

@@ -17,16 +17,17 @@ from typing import Any
 
 import torch
 import yaml
+from megatron.core.transformer import TransformerConfig
 
 from megatron_taopd import platform
 from megatron_taopd.cli import parse
 from megatron_taopd.config import TrainConfig
 from megatron_taopd.data.batches import make_micro_batches
 from megatron_taopd.errors import ConfigError, TaopdError
-from megatron_taopd.models import HFModelConfig, load_hf_config, pad_vocab_size
+from megatron_taopd.models import HFModelConfig, build_transformer_config, load_hf_config, pad_vocab_size
 from megatron_taopd.platform import distributed
 from megatron_taopd.training.loop import local_batch_size
-from megatron_taopd.training.pair import ModelPair, load_pair
+from megatron_taopd.training.pair import ModelPair, load_pair, params_dtype
 from megatron_taopd.training.scopes import GlobalScope
 from megatron_taopd.training.sources import open_source
 from megatron_taopd.training.step import DistillationForwardStep, TrainMicroBatch
@@ -42,6 +43,9 @@ SHARED = (
     "global_batch_size",
     "train_iters",
     "seed",
+    "recompute_granularity",
+    "recompute_method",
+    "recompute_num_layers",
 )
 
 
@@ -69,6 +73,8 @@ def read_recipe(args: argparse.Namespace) -> TrainConfig:
             f"{args.taopd_config}: {', '.join(foreign)}: Megatron's own flags say that in this loop, "
             "or the loop has no such setting"
         )
+    if getattr(args, "recompute_activations", False):  # Megatron's short form, which it resolves later
+        args.recompute_granularity = "selective"
     words = ["--config", args.taopd_config]
     for name in SHARED:
         if getattr(args, name) is not None:
@@ -86,6 +92,7 @@ def read_recipe(args: argparse.Namespace) -> TrainConfig:
         "--packed-sequences": config.packing.packed_sequences,
         "several --teacher (each would need micro-batches of its own)": len(config.models.teacher) > 1,
         "--fp16": args.fp16,
+        "--fp8-format, --fp4-format": bool(getattr(args, "fp8", None) or getattr(args, "fp4", None)),
         "--overlap-grad-reduce, --overlap-param-gather (scoring calls the student between its backward passes)": (
             args.overlap_grad_reduce or args.overlap_param_gather
         ),
@@ -97,28 +104,64 @@ def read_recipe(args: argparse.Namespace) -> TrainConfig:
     return config
 
 
-def describe_model(args: argparse.Namespace, hf: HFModelConfig) -> None:
+def architecture(args: argparse.Namespace, hf: HFModelConfig) -> dict[str, Any]:
     """Megatron's architecture flags, from the student's config.json: its logs and checks read them."""
-    args.num_layers = hf.num_layers
-    args.hidden_size = hf.hidden_size
-    args.ffn_hidden_size = hf.ffn_size
-    args.num_attention_heads = hf.num_heads
-    args.group_query_attention = True
-    args.num_query_groups = hf.num_kv_heads
-    args.kv_channels = hf.head_dim
-    args.swiglu = True
-    args.max_position_embeddings = hf.max_position_embeddings
-    args.untie_embeddings_and_output_weights = not hf.tied
-    args.vocab_size = hf.vocab_size
-    args.padded_vocab_size = pad_vocab_size(hf.vocab_size, tp=args.tensor_model_parallel_size)
-    args.num_experts = hf.num_experts or None
+    values = dict(
+        num_layers=hf.num_layers,
+        hidden_size=hf.hidden_size,
+        ffn_hidden_size=hf.ffn_size,
+        num_attention_heads=hf.num_heads,
+        group_query_attention=True,
+        num_query_groups=hf.num_kv_heads,
+        kv_channels=hf.head_dim,
+        swiglu=True,
+        max_position_embeddings=hf.max_position_embeddings,
+        untie_embeddings_and_output_weights=not hf.tied,
+        vocab_size=hf.vocab_size,
+        padded_vocab_size=pad_vocab_size(hf.vocab_size, tp=args.tensor_model_parallel_size),
+        num_experts=hf.num_experts or None,
+        # What our model is built with, whatever these say.
+        transformer_impl="transformer_engine" if platform.has_cuda() else "local",
+        calculate_per_token_loss=True,
+    )
     if hf.experts is not None:
-        args.moe_ffn_hidden_size = hf.experts.ffn_size
-        args.moe_router_topk = hf.experts.experts_per_token
-        args.moe_token_dispatcher_type = "alltoall"
-    # What our model is built with, whatever these say.
-    args.transformer_impl = "transformer_engine" if platform.has_cuda() else "local"
-    args.calculate_per_token_loss = True
+        values |= dict(
+            moe_ffn_hidden_size=hf.experts.ffn_size,
+            moe_router_topk=hf.experts.experts_per_token,
+            moe_token_dispatcher_type="alltoall",
+        )
+    return values
+
+
+def student_config(config: TrainConfig) -> TransformerConfig:
+    """What :func:`load_pair` builds the student with."""
+    return build_transformer_config(
+        load_hf_config(config.models.student),
+        config.parallel,
+        params_dtype=params_dtype(config.precision),
+        **vars(config.recompute),
+    )
+
+
+def describe_model(args: argparse.Namespace, given: set[str], hf: HFModelConfig, config: TransformerConfig) -> None:
+    """Put the student's architecture into Megatron's flags.
+
+    Args:
+        given: names of flags that the command line sets.
+        config: what the student is built with.
+
+    Raises:
+        ConfigError: a flag asks for a model other than the one that is built.
+    """
+    values = architecture(args, hf)
+    built = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)} | values
+    for name in sorted(given & built.keys()):
+        if getattr(args, name) != built[name]:
+            raise ConfigError(
+                f"{name} = {getattr(args, name)!r} by Megatron's flags, and the student is built with "
+                f"{built[name]!r}: its directory and --taopd-config say what it is; drop the flag"
+            )
+    vars(args).update(values)
     args.dataloader_type = "external"
     args.eval_iters, args.eval_interval = 0, args.train_iters
 
@@ -193,14 +236,16 @@ def main() -> None:
     """Parse, lay out the ranks, and hand everything to ``pretrain``."""
     import loop_of_megatron as megatron
 
-    args = megatron.parse_arguments(add_arguments)
+    args, given = megatron.parse_arguments(add_arguments)
     config = read_recipe(args)
     distributed.initialize(config.parallel, seed=config.seed)
-    describe_model(args, load_hf_config(config.models.student))
+    describe_model(args, given, load_hf_config(config.models.student), student_config(config))
     made: list[ModelPair] = []  # `pretrain` builds the model first and asks for the data afterwards
 
     def model_provider(**unused: Any) -> torch.nn.Module:
-        made.append(load_pair(config.models, config.parallel, config.precision, train_student=True))
+        made.append(
+            load_pair(config.models, config.parallel, config.precision, train_student=True, recompute=config.recompute)
+        )
         return made[0].student.module
 
     def datasets(num_samples: Any) -> tuple[ScoredBatches, None, None]:

@@ -174,36 +174,50 @@ def check_layout(hf: HFModelConfig, parallel: ParallelConfig) -> None:
 def _check_stages(hf: HFModelConfig, parallel: ParallelConfig) -> None:
     stages, layers = parallel.pipeline_model_parallel_size, hf.num_layers
     first, last = parallel.decoder_first_pipeline_num_layers, parallel.decoder_last_pipeline_num_layers
+    first_flag, last_flag = (parallel.flag(f"decoder_{end}_pipeline_num_layers") for end in ("first", "last"))
     fixed = [layers_of_stage for layers_of_stage in (first, last) if layers_of_stage is not None]
     if fixed:
         rest, stages_left = layers - sum(fixed), stages - len(fixed)
         if rest < stages_left or (rest % stages_left if stages_left else rest):
             raise ConfigError(
-                f"--decoder-first-pipeline-num-layers {first} and --decoder-last-pipeline-num-layers {last} leave "
-                f"{rest} of the {layers} layers of {hf.path} to {stages_left} stages, which must be dealt evenly"
+                f"{first_flag} {first} and {last_flag} {last} leave {rest} of the {layers} layers of {hf.path} to "
+                f"{stages_left} stages, which must be dealt evenly"
             )
+        _check_pieces(hf, parallel, {*fixed, *([rest // stages_left] if stages_left else [])})
         return
     stages_flag = parallel.flag("pipeline_model_parallel_size")
-    virtual = parallel.num_virtual_stages_per_pipeline_rank
-    if virtual is not None and layers % (stages * virtual):
-        raise ConfigError(
-            f"--pipeline-model-parallel-size {stages} x --num-virtual-stages-per-pipeline-rank {virtual} = "
-            f"{stages * virtual} does not divide the {layers} layers of {hf.path}; products that divide {layers}: "
-            f"{_divisors(layers)}"
-        )
     counted = parallel.account_for_embedding_in_pipeline_split + parallel.account_for_loss_in_pipeline_split
     if (layers + counted) % stages:
         with_extra = f", with {counted} counted for embedding or loss," if counted else ""
         raise ConfigError(
             f"{stages_flag} {stages} does not divide the {layers + counted} layers of {hf.path}"
             f"{with_extra}; sizes that divide {layers + counted}: {_divisors(layers + counted)}, or give "
-            "--decoder-first-pipeline-num-layers or --decoder-last-pipeline-num-layers"
+            f"{first_flag} or {last_flag}"
         )
-    if counted and (layers + counted) // stages < 2:
+    _check_pieces(hf, parallel, {(layers + counted) // stages})
+    if counted and (layers + counted) // (stages * _pieces(parallel)) < 2:
+        what = "a stage" if _pieces(parallel) == 1 else "a virtual stage"
         raise ConfigError(
-            f"{stages_flag} {stages} leaves a stage without any of the {layers} layers of {hf.path}; "
+            f"{stages_flag} {stages} leaves {what} without any of the {layers} layers of {hf.path}; "
             "lower it, or do not account for embedding and loss"
         )
+
+
+def _pieces(parallel: ParallelConfig) -> int:
+    return parallel.num_virtual_stages_per_pipeline_rank or 1
+
+
+def _check_pieces(hf: HFModelConfig, parallel: ParallelConfig, shares: set[int]) -> None:
+    """Virtual stages divide each stage's share, in which embedding or loss may be counted."""
+    virtual = _pieces(parallel)
+    for share in sorted(shares):
+        if share % virtual:
+            raise ConfigError(
+                f"--pipeline-model-parallel-size {parallel.pipeline_model_parallel_size} gives a stage {share} of the "
+                f"{hf.num_layers} layers of {hf.path} (embedding or loss included, where they are counted), which "
+                f"--num-virtual-stages-per-pipeline-rank {virtual} does not divide; sizes that divide {share}: "
+                f"{_divisors(share)}"
+            )
 
 
 def _divisors(count: int) -> str:

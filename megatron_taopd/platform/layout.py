@@ -45,9 +45,9 @@ class ParallelConfig:
     """Pieces of each model that every stage holds, dealt round and round: shorter bubbles for more messages (default:
     one piece)."""
     decoder_first_pipeline_num_layers: int | None = None
-    """Layers of the first stage, of both models (default: an even share)."""
+    """Layers of the first stage, of both models unless the teacher has a split of its own (default: an even share)."""
     decoder_last_pipeline_num_layers: int | None = None
-    """Layers of the last stage, of both models (default: an even share)."""
+    """Layers of the last stage, of both models unless the teacher has a split of its own (default: an even share)."""
     account_for_embedding_in_pipeline_split: bool = False
     """Count the embedding as one layer of the first stage."""
     account_for_loss_in_pipeline_split: bool = False
@@ -77,15 +77,19 @@ class ParallelConfig:
                 "--sequence-parallel has no effect with --tensor-model-parallel-size 1: "
                 "raise the tensor-parallel size or drop --sequence-parallel"
             )
-        uneven = [self.flag(name) for name in _UNEVEN_SPLITS if getattr(self, name)]
+        uneven = [name for name in _UNEVEN_SPLITS if getattr(self, name)]
         if uneven and self.pipeline_model_parallel_size == 1:
-            raise ConfigError(f"{uneven[0]} has no effect with --pipeline-model-parallel-size 1; drop it")
-        self._check_virtual_stages(uneven)
-        counted = [flag for flag in uneven if flag.startswith("--account")]
+            raise ConfigError(
+                f"{self.flag(uneven[0])} has no effect with {self.flag('pipeline_model_parallel_size')} 1; drop it"
+            )
+        self._check_virtual_stages()
+        counted = [name for name in uneven if name.startswith("account")]
         if counted and len(counted) < len(uneven):
-            raise ConfigError(f"{uneven[0]} and {counted[0]} are two ways to split the layers; keep one of them")
+            raise ConfigError(
+                f"{self.flag(uneven[0])} and {self.flag(counted[0])} are two ways to split the layers; keep one of them"
+            )
 
-    def _check_virtual_stages(self, uneven: list[str]) -> None:
+    def _check_virtual_stages(self) -> None:
         virtual = self.num_virtual_stages_per_pipeline_rank
         if virtual is None:
             return
@@ -94,10 +98,12 @@ class ParallelConfig:
                 f"--num-virtual-stages-per-pipeline-rank {virtual} has no effect with --pipeline-model-parallel-size "
                 f"{self.pipeline_model_parallel_size}: both must be at least 2; drop it"
             )
-        if uneven:
+        first, last = self.decoder_first_pipeline_num_layers, self.decoder_last_pipeline_num_layers
+        if self.pipeline_model_parallel_size == 2 and first is not None and last is not None:
             raise ConfigError(
-                f"{uneven[0]} and --num-virtual-stages-per-pipeline-rank {virtual} cannot be combined in this version: "
-                "virtual stages have equally many layers; drop one of them"
+                f"--decoder-first-pipeline-num-layers {first} and --decoder-last-pipeline-num-layers {last}: with "
+                "virtual stages megatron-core divides by the number of stages between them, here 0; drop one of the "
+                "flags, which the other implies"
             )
 
     @property
@@ -142,11 +148,11 @@ class ParallelConfig:
             self.tensor_model_parallel_size,
         )
 
-    def _shares(self) -> tuple[int, ...]:
+    def _shares(self) -> tuple[int | None, ...]:
         """What decides who holds which part of a model."""
         expert_tensor = self.expert_tensor_parallel_size or self.tensor_model_parallel_size
         sizes = (self.tensor_model_parallel_size, self.pipeline_model_parallel_size, self.expert_model_parallel_size)
-        return (*sizes, expert_tensor)
+        return (*sizes, expert_tensor, *(getattr(self, name) for name in _UNEVEN_SPLITS))
 
     @classmethod
     def flag(cls, name: str) -> str:
@@ -168,32 +174,51 @@ class TeacherParallelConfig:
     """Ranks that share each layer of the teacher (default: as the student)."""
     teacher_pipeline_model_parallel_size: int | None = None
     """Stages that the teacher's layers are dealt to (default: as the student)."""
+    teacher_decoder_first_pipeline_num_layers: int | None = None
+    """Layers of the teacher's first stage. With this or one of the next three flags its split is what they say; without
+    any it is the student's where the teacher has as many stages, else even."""
+    teacher_decoder_last_pipeline_num_layers: int | None = None
+    """Layers of the teacher's last stage (default: see --teacher-decoder-first-pipeline-num-layers)."""
+    teacher_account_for_embedding_in_pipeline_split: bool = False
+    """Count the teacher's embedding as one layer of its first stage."""
+    teacher_account_for_loss_in_pipeline_split: bool = False
+    """Count one layer less in the teacher's last stage, as with its LM head, which the student's last stage holds."""
     teacher_expert_model_parallel_size: int | None = None
     """Ranks that share the teacher's experts (default: as the student)."""
     teacher_expert_tensor_parallel_size: int | None = None
-    """Ranks that share each expert of the teacher (default: as the student, whose default is its tensor-parallel
-    size)."""
+    """Ranks that share each expert of the teacher (default: the student's --expert-tensor-parallel-size where that is
+    given, else the teacher's tensor-parallel size)."""
 
     def __post_init__(self) -> None:
-        for name in _OF_TEACHER:
+        for name in (*_OF_TEACHER, *_UNEVEN_SPLITS):
             value = self._given(name)
-            if value is not None and value < 1:
+            if value is not None and value is not False and value < 1:
                 raise ConfigError(f"{TeacherLayout.flag(name)} must be at least 1, got {value}")
 
     def _given(self, name: str) -> int | None:
         return getattr(self, f"teacher_{name}")
 
+    def _split(self, student: ParallelConfig, stages: int) -> dict[str, Any]:
+        """How the teacher's layers are dealt to its stages."""
+        own = {name: self._given(name) for name in _UNEVEN_SPLITS if self._given(name)}
+        if own or stages != student.pipeline_model_parallel_size:
+            return own
+        return {name: getattr(student, name) for name in _UNEVEN_SPLITS}
+
     def resolve(self, student: ParallelConfig) -> TeacherLayout | None:
         """The teacher's layout; None where it is the student's.
 
         What has no flag of its own is the student's as far as it can be: sequence parallelism where there are
-        tensor-parallel ranks, an uneven split where there are as many stages. The teacher reads whole sequences.
+        tensor-parallel ranks, the split of the layers where there are as many stages. The teacher reads whole
+        sequences.
+
+        Raises:
+            ConfigError: a flag of the teacher's that has no effect or contradicts another.
         """
         sizes: dict[str, Any] = {name: self._given(name) or getattr(student, name) for name in _OF_TEACHER}
-        as_many_stages = sizes["pipeline_model_parallel_size"] == student.pipeline_model_parallel_size
         layout = TeacherLayout(
             **sizes,
-            **({name: getattr(student, name) for name in _UNEVEN_SPLITS} if as_many_stages else {}),
+            **self._split(student, sizes["pipeline_model_parallel_size"]),
             sequence_parallel=student.sequence_parallel and sizes["tensor_model_parallel_size"] > 1,
             distributed_timeout_minutes=student.distributed_timeout_minutes,
         )

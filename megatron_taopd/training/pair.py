@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from megatron_taopd.data.tokenizer import check_tokenizers_agree, load_tokenizer
+from megatron_taopd.errors import ConfigError
 from megatron_taopd.fp8_config import TeacherFp8Config
 from megatron_taopd.models import (
     HFModelConfig,
@@ -184,7 +185,17 @@ def _lay_out_teachers(
 ) -> SecondLayout | None:
     """The groups of the teachers' own layout, refused where it divides neither the ranks nor a model."""
     layout = None if asked is None else asked.resolve(parallel)
-    if asked is None or layout is None:
+    if asked is None:
+        return None
+    if layout is None:
+        for teacher in teachers:
+            try:
+                check_layout(teacher, parallel)
+            except ConfigError as error:
+                raise ConfigError(
+                    f"{error}; or give the teacher a layout of its own (--teacher-pipeline-model-parallel-size, "
+                    "--teacher-decoder-first-pipeline-num-layers and the like, see docs/parallelism.md)"
+                ) from error
         return None
     if asked.teacher_expert_model_parallel_size or asked.teacher_expert_tensor_parallel_size:
         refuse_expert_layout_in_vain(layout, *teachers)

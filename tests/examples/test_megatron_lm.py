@@ -11,6 +11,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from megatron.core.package_info import __version__ as megatron_version
@@ -28,6 +29,7 @@ needs_its_loop = pytest.mark.skipif(
 BATCH = ["--micro-batch-size", "2", "--global-batch-size", "4", "--train-iters", "3", "--seed", "1"]
 OPTIMIZER = ["--lr", "1e-3", "--lr-decay-style", "constant", "--weight-decay", "0.01", "--adam-beta2", "0.99"]
 TP2 = ["--tensor-model-parallel-size", "2", "--sequence-parallel", "--bf16", "--use-distributed-optimizer"]
+RECOMPUTE = ["--recompute-granularity", "full", "--recompute-method", "uniform", "--recompute-num-layers", "1"]
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +63,7 @@ def _run(ranks: int, words: list[str]) -> str:
 @needs_its_loop
 @pytest.mark.parametrize(
     ("recipe", "ranks", "layout", "tolerance"),
-    [("file", 1, [], 1e-5), ("live", 2, TP2, 1e-3)],
+    [("file", 1, [], 1e-5), ("live", 2, TP2 + RECOMPUTE, 1e-3)],
     ids=["fp32", "TP2-bf16"],
 )
 def test_both_loops_train_alike(
@@ -107,15 +109,23 @@ def _arguments(recipe: Path, **changes: object) -> argparse.Namespace:
         overlap_grad_reduce=False,
         overlap_param_gather=False,
         eval_interval=None,
+        recompute_granularity=None,
+        recompute_method=None,
+        recompute_num_layers=None,
     )
     return argparse.Namespace(**(values | changes))
 
 
-def test_what_the_recipe_may_say(recipes: Path, tmp_path: Path) -> None:
+def _script() -> Any:
     spec = importlib.util.spec_from_file_location("pretrain_taopd", SCRIPT)
     assert spec is not None and spec.loader is not None
     script = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(script)
+    return script
+
+
+def test_what_the_recipe_may_say(recipes: Path, tmp_path: Path) -> None:
+    script = _script()
     config = script.read_recipe(_arguments(recipes / "file.yaml"))
     assert (config.seed, config.batch.global_batch_size, config.precision.bf16) == (7, 4, True)
     assert config.selection.keep_ratio == 0.5
@@ -123,6 +133,29 @@ def test_what_the_recipe_may_say(recipes: Path, tmp_path: Path) -> None:
         script.read_recipe(_arguments(recipes / "file.yaml", pipeline_model_parallel_size=2))
     with pytest.raises(ConfigError, match="--overlap-grad-reduce"):
         script.read_recipe(_arguments(recipes / "file.yaml", overlap_grad_reduce=True))
+    with pytest.raises(ConfigError, match="--fp8-format"):
+        script.read_recipe(_arguments(recipes / "file.yaml", fp8="hybrid"))
     (tmp_path / "more.yaml").write_text((recipes / "file.yaml").read_text() + "lr: 0.1\nsave: here\n")
     with pytest.raises(ConfigError, match="lr, save: Megatron's own flags say that in this loop"):
         script.read_recipe(_arguments(tmp_path / "more.yaml"))
+
+
+def test_flags_of_the_model_are_followed_or_refused(recipes: Path) -> None:
+    script = _script()
+    recompute = dict(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1)
+    args = _arguments(recipes / "file.yaml", **recompute)
+    config = script.read_recipe(args)
+    hf, built = script.load_hf_config(config.models.student), script.student_config(config)
+    assert {name: getattr(built, name) for name in recompute} == recompute
+    script.describe_model(args, set(recompute), hf, built)
+    assert (args.num_layers, args.padded_vocab_size, args.num_experts) == (2, 512, None)
+    for name, value in {
+        "num_layers": 12,
+        "attention_dropout": 0.1,
+        "swiglu": False,
+        "recompute_modules": ["mlp"],
+    }.items():
+        with pytest.raises(ConfigError, match=f"{name} = .* by Megatron's flags, and the student is built with"):
+            script.describe_model(_arguments(recipes / "file.yaml", **{name: value}), {name}, hf, built)
+    short = script.read_recipe(_arguments(recipes / "file.yaml", recompute_activations=True))
+    assert short.recompute.recompute_granularity == "selective"

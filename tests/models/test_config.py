@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from megatron.core.transformer.transformer_block import get_num_layers_to_build
+from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
 from megatron_taopd.errors import ConfigError, ModelError
 from megatron_taopd.models import (
@@ -17,7 +20,7 @@ from megatron_taopd.models import (
     refuse_expert_layout_in_vain,
 )
 from megatron_taopd.models.source import hf_directory
-from megatron_taopd.platform.layout import ParallelConfig
+from megatron_taopd.platform.layout import ParallelConfig, TeacherLayout
 
 LLAMA: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
@@ -180,12 +183,82 @@ def test_windows_of_mistral(tmp_path):
             {"pipeline_model_parallel_size": 31, "account_for_loss_in_pipeline_split": True},
             "without any of the 30 layers",
         ),
+        (
+            {"pipeline_model_parallel_size": 2, "num_virtual_stages_per_pipeline_rank": 2},
+            "gives a stage 15 of the 30 layers .* 2 does not divide; sizes that divide 15: 1, 3, 5, 15",
+        ),
+        (
+            {
+                "pipeline_model_parallel_size": 3,
+                "num_virtual_stages_per_pipeline_rank": 2,
+                "decoder_first_pipeline_num_layers": 7,
+                "decoder_last_pipeline_num_layers": 11,
+            },
+            "gives a stage 7 of the 30 layers",
+        ),
+        (
+            {
+                "pipeline_model_parallel_size": 2,
+                "num_virtual_stages_per_pipeline_rank": 16,
+                "account_for_embedding_in_pipeline_split": True,
+                "account_for_loss_in_pipeline_split": True,
+            },
+            "leaves a virtual stage without any",
+        ),
     ],
 )
 def test_experts_and_stages_that_do_not_divide(tmp_path, layout, message):
     hf = load_hf_config(_write(tmp_path, MOE))
     with pytest.raises(ConfigError, match=message):
         build_transformer_config(hf, ParallelConfig(**layout), params_dtype=torch.float32)
+
+
+def test_messages_name_the_teachers_flags(tmp_path):
+    hf = load_hf_config(_write(tmp_path, LLAMA))
+    with pytest.raises(
+        ConfigError, match="--teacher-pipeline.* 4 .* or give --teacher-decoder-first-pipeline-num-layers"
+    ):
+        build_transformer_config(hf, TeacherLayout(pipeline_model_parallel_size=4), params_dtype=torch.float32)
+    with pytest.raises(ConfigError, match="--teacher-decoder-first-.* 9 and --teacher-decoder-last-.* leave 21"):
+        layout = TeacherLayout(pipeline_model_parallel_size=3, decoder_first_pipeline_num_layers=9)
+        build_transformer_config(hf, layout, params_dtype=torch.float32)
+
+
+SPLITS: tuple[dict[str, Any], ...] = (
+    {},
+    {"decoder_first_pipeline_num_layers": 2},
+    {"decoder_last_pipeline_num_layers": 4},
+    {"decoder_first_pipeline_num_layers": 4, "decoder_last_pipeline_num_layers": 2},
+    {"account_for_embedding_in_pipeline_split": True},
+    {"account_for_loss_in_pipeline_split": True},
+    {"account_for_embedding_in_pipeline_split": True, "account_for_loss_in_pipeline_split": True},
+)
+
+
+def test_every_accepted_split_deals_each_layer_once(tmp_path):
+    """By megatron-core's own count, in the order of the forward pass; what it cannot do is refused before."""
+    accepted = set()
+    for layers in range(4, 13):
+        hf = load_hf_config(_write(tmp_path / str(layers), LLAMA | {"num_hidden_layers": layers}))
+        for stages, virtual, number in itertools.product((2, 3), (None, 2, 3), range(len(SPLITS))):
+            sizes = {"pipeline_model_parallel_size": stages, "num_virtual_stages_per_pipeline_rank": virtual}
+            try:
+                parallel = ParallelConfig(**sizes, **SPLITS[number])
+                config = build_transformer_config(hf, parallel, params_dtype=torch.float32)
+            except ConfigError as error:
+                assert "megatron-core refuses" not in str(error)
+                continue
+            pieces = itertools.product((None,) if virtual is None else range(virtual), range(stages))
+            dealt = []
+            for piece, stage in pieces:
+                first, count = (
+                    f(config, piece, stage) for f in (get_transformer_layer_offset, get_num_layers_to_build)
+                )
+                assert count > 0
+                dealt += range(first, first + count)
+            assert dealt == list(range(layers)), (layers, sizes, SPLITS[number])
+            accepted.add((virtual, number))
+    assert accepted >= set(itertools.product((None, 2), range(len(SPLITS))))
 
 
 def test_expert_layout_without_experts(tmp_path):
@@ -221,6 +294,15 @@ def test_parallel_config_checks_what_it_can():
                 "account_for_loss_in_pipeline_split": True,
             },
             "--decoder-last-pipeline-num-layers and --account-for-loss-in-pipeline-split are two ways",
+        ),
+        (
+            {
+                "pipeline_model_parallel_size": 2,
+                "num_virtual_stages_per_pipeline_rank": 2,
+                "decoder_first_pipeline_num_layers": 2,
+                "decoder_last_pipeline_num_layers": 2,
+            },
+            "with virtual stages megatron-core divides by the number of stages between",
         ),
         ({"sequence_parallel": True}, "no effect with --tensor-model-parallel-size 1"),
     ):

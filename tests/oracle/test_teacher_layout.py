@@ -30,11 +30,12 @@ CASES: dict[str, tuple[str, tuple[str, ...]]] = {
             *("--teacher-tensor-model-parallel-size=4", "--teacher-pipeline-model-parallel-size=1"),
         ),
     ),
-    "PP2 for TP2": (
+    "PP2last1 for TP2": (
         "qwen3",
         (
             "--tensor-model-parallel-size=2",
             *("--teacher-tensor-model-parallel-size=1", "--teacher-pipeline-model-parallel-size=2"),
+            "--teacher-decoder-last-pipeline-num-layers=1",
         ),
     ),
     "DP4 for TP4": ("llama", ("--tensor-model-parallel-size=4", "--teacher-tensor-model-parallel-size=1")),

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from megatron_taopd import cli
+from megatron_taopd.errors import ConfigError
 from megatron_taopd.platform import distributed
 from megatron_taopd.platform.layout import ParallelConfig, TeacherLayout, TeacherParallelConfig
 from megatron_taopd.training import pair, scopes
@@ -133,3 +134,36 @@ def test_what_is_not_given_is_the_students(given: dict[str, int], wanted: dict |
     flags = {f"teacher_{name}_model_parallel_size": size for name, size in given.items()}
     layout = TeacherParallelConfig(**flags).resolve(STUDENT)
     assert layout == (None if wanted is None else TeacherLayout(**{**vars(STUDENT), **wanted}))
+
+
+def test_a_split_of_its_own() -> None:
+    first = TeacherParallelConfig(teacher_decoder_first_pipeline_num_layers=3).resolve(STUDENT)
+    assert first is not None  # at the same sizes
+    assert (first.decoder_first_pipeline_num_layers, first.decoder_last_pipeline_num_layers) == (3, None)
+    assert TeacherParallelConfig(teacher_decoder_last_pipeline_num_layers=1).resolve(STUDENT) is None
+    counted = TeacherParallelConfig(
+        teacher_pipeline_model_parallel_size=4,
+        teacher_account_for_embedding_in_pipeline_split=True,
+        teacher_account_for_loss_in_pipeline_split=True,
+    ).resolve(STUDENT)
+    assert counted is not None and counted.decoder_last_pipeline_num_layers is None
+    assert counted.account_for_embedding_in_pipeline_split and counted.account_for_loss_in_pipeline_split
+    for flags, message in (
+        ({"decoder_first_pipeline_num_layers": 0}, "--teacher-decoder-first-pipeline-num-layers must be at least 1"),
+        (
+            {"pipeline_model_parallel_size": 1, "decoder_last_pipeline_num_layers": 2},
+            "--teacher-decoder-last-.* has no effect with --teacher-pipeline-model-parallel-size 1",
+        ),
+        (
+            {"decoder_last_pipeline_num_layers": 2, "account_for_embedding_in_pipeline_split": True},
+            "--teacher-decoder-last-.* and --teacher-account-for-embedding-.* are two ways",
+        ),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            TeacherParallelConfig(**{f"teacher_{name}": value for name, value in flags.items()}).resolve(STUDENT)
+
+
+def test_experts_of_the_teacher_follow_its_own_tensor_parallel_size() -> None:
+    layout = TeacherParallelConfig(teacher_tensor_model_parallel_size=4).resolve(STUDENT)
+    assert layout is not None and layout.expert_tensor_parallel_size is None
+    assert layout.expert_parallel_size == 4 * 2  # x its stages
