@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import json
 import pickle
+from collections import defaultdict
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
@@ -114,6 +116,7 @@ class CheckpointReader:
             for name, entry in self._index.state_dict_metadata.items()
             if isinstance(entry, TensorStorageMetadata)
         }
+        self._places: dict[str, _Places] = {}
 
     def common(self) -> dict[str, Any]:
         """The objects that are not sharded."""
@@ -134,7 +137,10 @@ class CheckpointReader:
             CheckpointError: the chunks do not cover it, or their bytes cannot be read.
         """
         region = ChunkStorageMetadata(torch.Size(offsets), torch.Size(sizes))
-        items = create_read_items_for_chunk_list(key, self.tensors[key], [region])
+        if key not in self._places:
+            self._places[key] = _Places(self.tensors[key].chunks)
+        nearby = replace(self.tensors[key], chunks=self._places[key].near(region))
+        items = create_read_items_for_chunk_list(key, nearby, [region])
         covered = sum(torch.Size(item.lengths).numel() for item in items)
         if covered != region.sizes.numel():
             raise CheckpointError(f"checkpoint {self.path} has {covered} of {region.sizes.numel()} values of {key}")
@@ -147,6 +153,27 @@ class CheckpointReader:
                 f"checkpoint {self.path}: {key} cannot be read from {', '.join(files)}: {error}"
             ) from error
         return target.value
+
+
+class _Places:
+    """The chunks of a tensor by their place along its first dimensions, as far as every chunk has size 1 there.
+
+    Layers and experts are such dimensions. Without it each expert would be looked for among those of all layers.
+    """
+
+    def __init__(self, chunks: list[ChunkStorageMetadata]) -> None:
+        self._all = chunks
+        per_dimension = zip(*(chunk.sizes for chunk in chunks), strict=True)
+        self._depth = sum(1 for _ in takewhile(lambda sizes: set(sizes) == {1}, per_dimension))
+        self._found: dict[tuple[int, ...], list[ChunkStorageMetadata]] = defaultdict(list)
+        for chunk in chunks:
+            self._found[tuple(chunk.offsets[: self._depth])].append(chunk)
+
+    def near(self, region: ChunkStorageMetadata) -> list[ChunkStorageMetadata]:
+        """The chunks that may overlap with a region."""
+        if any(size != 1 for size in region.sizes[: self._depth]):
+            return self._all
+        return self._found.get(tuple(region.offsets[: self._depth]), [])
 
 
 class _Target(LoadPlanner):
