@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import ast
+import inspect
 import json
 from pathlib import Path
 
 import pytest
+from megatron.core import parallel_state
 
 from megatron_taopd import cli
 from megatron_taopd.errors import ConfigError
-from megatron_taopd.platform import distributed
+from megatron_taopd.platform import distributed, layouts
 from megatron_taopd.platform.layout import ParallelConfig, TeacherLayout
 from megatron_taopd.platform.layouts import SecondLayout
 from megatron_taopd.testing.tiny_models import save_tiny_hf_model
@@ -48,6 +51,23 @@ def second_layouts() -> None:
 
 def test_second_layouts_are_in_force_inside_their_blocks(pool) -> None:
     pool(2).run(second_layouts)
+
+
+def test_every_global_of_megatrons_layout_is_exchanged() -> None:
+    """A layout beside the first must bring its own value of each, also of those that a newer Megatron adds."""
+    tree = ast.parse(inspect.getsource(parallel_state))
+    rebound = {name for node in ast.walk(tree) if isinstance(node, ast.Global) for name in node.names}
+    assigned = {
+        target.id
+        for node in tree.body
+        if isinstance(node, (ast.Assign, ast.AnnAssign))
+        for target in (node.targets if isinstance(node, ast.Assign) else [node.target])
+        if isinstance(target, ast.Name)
+    }
+    exchanged = layouts._globals().keys()
+    assert len(rebound) > 30 and {"_TENSOR_MODEL_PARALLEL_GROUP", "_global_process_group_list"} <= rebound
+    assert not rebound - exchanged
+    assert assigned - exchanged == {"logger"}
 
 
 def threads_after_each_layout() -> list[int]:
