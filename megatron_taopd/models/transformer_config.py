@@ -195,21 +195,16 @@ def _check_stages(hf: HFModelConfig, parallel: ParallelConfig) -> None:
             f"{first_flag} or {last_flag}"
         )
     _check_pieces(hf, parallel, {(layers + counted) // stages})
-    if counted and (layers + counted) // (stages * _pieces(parallel)) < 2:
-        what = "a stage" if _pieces(parallel) == 1 else "a virtual stage"
+    if counted and (layers + counted) // stages < 2:
         raise ConfigError(
-            f"{stages_flag} {stages} leaves {what} without any of the {layers} layers of {hf.path}; "
+            f"{stages_flag} {stages} leaves a stage without any of the {layers} layers of {hf.path}; "
             "lower it, or do not account for embedding and loss"
         )
 
 
-def _pieces(parallel: ParallelConfig) -> int:
-    return parallel.num_virtual_stages_per_pipeline_rank or 1
-
-
 def _check_pieces(hf: HFModelConfig, parallel: ParallelConfig, shares: set[int]) -> None:
     """Virtual stages divide each stage's share, in which embedding or loss may be counted."""
-    virtual = _pieces(parallel)
+    virtual = parallel.num_virtual_stages_per_pipeline_rank or 1
     for share in sorted(shares):
         if share % virtual:
             raise ConfigError(

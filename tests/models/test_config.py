@@ -196,15 +196,6 @@ def test_windows_of_mistral(tmp_path):
             },
             "gives a stage 7 of the 30 layers",
         ),
-        (
-            {
-                "pipeline_model_parallel_size": 2,
-                "num_virtual_stages_per_pipeline_rank": 16,
-                "account_for_embedding_in_pipeline_split": True,
-                "account_for_loss_in_pipeline_split": True,
-            },
-            "leaves a virtual stage without any",
-        ),
     ],
 )
 def test_experts_and_stages_that_do_not_divide(tmp_path, layout, message):
@@ -249,13 +240,14 @@ def test_every_accepted_split_deals_each_layer_once(tmp_path):
                 assert "megatron-core refuses" not in str(error)
                 continue
             pieces = itertools.product((None,) if virtual is None else range(virtual), range(stages))
-            dealt = []
+            dealt, of_stage = [], [0] * stages
             for piece, stage in pieces:
                 first, count = (
                     f(config, piece, stage) for f in (get_transformer_layer_offset, get_num_layers_to_build)
                 )
-                assert count > 0
+                of_stage[stage] += count
                 dealt += range(first, first + count)
+            assert min(of_stage) > 0  # a piece of it may be empty: embedding or LM head alone
             assert dealt == list(range(layers)), (layers, sizes, SPLITS[number])
             accepted.add((virtual, number))
     assert accepted >= set(itertools.product((None, 2), range(len(SPLITS))))

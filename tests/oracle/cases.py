@@ -10,7 +10,13 @@ from pathlib import Path
 from megatron_taopd.testing.tiny_models import save_tiny_hf_model
 
 STUDENT_VOCAB, TEACHER_VOCAB = 509, 523
-FAMILIES = ("qwen3", "qwen2", "llama", "qwen3_moe", "llama-threes", "qwen3-deep")
+# After the dash what is special about a pair; see make_pair and Layout.kinds.
+FAMILIES = (
+    *("qwen3", "qwen2", "llama", "qwen3_moe"),
+    *("llama-threes", "qwen3-deep", "qwen3-counted", "qwen3_moe-uneven", "qwen3-from_moe"),
+)
+LAYERS = {"deep": (4, 4), "counted": (2, 6), "uneven": (3, 5)}
+"""Of student and teacher: for virtual stages, for those with embedding and loss counted, for stages of unequal size."""
 
 
 @dataclass(frozen=True)
@@ -18,18 +24,23 @@ class Layout:
     name: str
     world_size: int
     flags: tuple[str, ...]
+    kinds: tuple[str, ...] = ("",)
+    """Of the pairs that it is tried on."""
 
     def suits(self, family: str, *, training: bool) -> bool:
-        """Experts are shared by models that have some, and trained with sequence parallelism only; three ranks want
-        heads in threes, virtual stages a deep student."""
-        virtual = "--num-virtual-stages-per-pipeline-rank" in self.flags
-        if virtual or "deep" in family:
-            return "deep" in family and (virtual or self.name == "TP1")
-        if self.world_size == 3 or "threes" in family:
-            return self.world_size in (1, 3) and "threes" in family
-        if not family.startswith("qwen3_moe"):
+        """Experts are shared by models that have some, and trained with sequence parallelism only."""
+        parts = family.split("-")
+        kind = next((part for part in parts[1:] if part not in ("tied", "untied")), "")
+        if kind not in self.kinds:
+            return self.name == "TP1"
+        if "moe" not in family:
             return "--expert-model-parallel-size" not in self.flags
-        return not training or "--tensor-model-parallel-size" not in self.flags or "--sequence-parallel" in self.flags
+        trains_experts = training and parts[0] == "qwen3_moe"
+        return (
+            not trains_experts
+            or "--tensor-model-parallel-size" not in self.flags
+            or "--sequence-parallel" in self.flags
+        )
 
 
 LAYOUTS = (
@@ -43,12 +54,21 @@ LAYOUTS = (
         4,
         ("--tensor-model-parallel-size", "2", "--pipeline-model-parallel-size", "2", "--sequence-parallel"),
     ),
-    Layout("TP3", 3, ("--tensor-model-parallel-size", "3")),
-    Layout("EP2", 2, ("--expert-model-parallel-size", "2")),
+    Layout("TP3", 3, ("--tensor-model-parallel-size", "3"), kinds=("threes",)),
+    Layout("EP2", 2, ("--expert-model-parallel-size", "2"), kinds=("", "from_moe")),
     Layout(
         "TP2EP2SP",
         4,
         ("--tensor-model-parallel-size", "2", "--expert-model-parallel-size", "2", "--sequence-parallel"),
+    ),
+    Layout(
+        "TP2EP2ETP1SP",
+        4,
+        (
+            *("--tensor-model-parallel-size", "2", "--expert-model-parallel-size", "2", "--sequence-parallel"),
+            *("--expert-tensor-parallel-size", "1"),
+        ),
+        kinds=("", "from_moe"),
     ),
     Layout("CP2", 2, ("--context-parallel-size", "2")),
     Layout(
@@ -60,14 +80,17 @@ LAYOUTS = (
         "PP2VPP2",
         2,
         ("--pipeline-model-parallel-size", "2", "--num-virtual-stages-per-pipeline-rank", "2"),
+        kinds=("deep",),
     ),
     Layout(
-        "CP2PP2VPP2packed",
+        "CP2PP2VPP2packed-account",  # the teacher's stages have 1+2 and 2+1 layers, the student's 0+1 and 1+0
         4,
         (
             *("--context-parallel-size", "2", "--pipeline-model-parallel-size", "2"),
             *("--num-virtual-stages-per-pipeline-rank", "2", "--packed-sequences"),
+            *("--account-for-embedding-in-pipeline-split", "--account-for-loss-in-pipeline-split"),
         ),
+        kinds=("counted",),
     ),
     Layout("CP2EP2", 2, ("--context-parallel-size", "2", "--expert-model-parallel-size", "2")),
     Layout("packed", 1, ("--packed-sequences", "--max-packed-length=40")),
@@ -79,21 +102,33 @@ LAYOUTS = (
             *("--pipeline-model-parallel-size", "2", "--decoder-last-pipeline-num-layers", "1"),
             *("--expert-model-parallel-size", "2"),
         ),
+        kinds=("uneven",),
+    ),
+    Layout(
+        "PP2account",
+        2,
+        ("--pipeline-model-parallel-size", "2", "--account-for-embedding-in-pipeline-split"),
+        kinds=("uneven",),
     ),
 )
 
 
 def make_pair(directory: Path, family: str, *, tied_student: bool = False, tied_teacher: bool = True) -> None:
-    """A student and a teacher of other width, depth and vocabulary in ``directory``."""
-    kv_heads = 3 if family.endswith("-threes") else 4
-    num_layers = 4 if family.endswith("-deep") else 2
-    family = family.removesuffix("-threes").removesuffix("-deep")
+    """A student and a teacher of other width, depth and vocabulary in ``directory``.
+
+    Args:
+        family: of both models, and after a dash what is special: heads in ``threes``, one of :data:`LAYERS`, or
+            ``from_moe`` for a Qwen3 student of a teacher with experts.
+    """
+    family, _, kind = family.partition("-")
+    kv_heads = 3 if kind == "threes" else 4
+    student_layers, teacher_layers = LAYERS.get(kind, (2, 4))
     save_tiny_hf_model(
         directory / "student",
         family,
         vocab_size=STUDENT_VOCAB,
         hidden_size=8 * kv_heads,
-        num_layers=num_layers,
+        num_layers=student_layers,
         num_heads=kv_heads,
         num_kv_heads=kv_heads,
         ffn_size=16 * kv_heads,
@@ -102,10 +137,10 @@ def make_pair(directory: Path, family: str, *, tied_student: bool = False, tied_
     )
     save_tiny_hf_model(
         directory / "teacher",
-        family,
+        "qwen3_moe" if kind == "from_moe" else family,
         vocab_size=TEACHER_VOCAB,
         hidden_size=48,
-        num_layers=4,
+        num_layers=teacher_layers,
         num_heads=2 * kv_heads,
         num_kv_heads=kv_heads,
         ffn_size=24 * kv_heads,

@@ -30,8 +30,11 @@ CASES: dict[str, tuple[str, str | None, float | None, str]] = {
     "topk-reverse-union": ("topk_reverse_kl", "union", None, "qwen3-untied"),
     "topk-forward-teacher": ("topk_forward_kl", "teacher", None, "llama-tied"),
     "reverse-experts": ("reverse_kl", None, None, "qwen3_moe-untied"),
-    "reverse-threes": ("reverse_kl", None, None, "llama-threes"),
+    "reverse-threes": ("reverse_kl", None, None, "llama-threes-tied"),
     "reverse-deep": ("reverse_kl", None, None, "qwen3-deep-tied"),
+    "reverse-counted": ("reverse_kl", None, None, "qwen3-counted-tied"),
+    "reverse-uneven": ("reverse_kl", None, None, "qwen3_moe-uneven-untied"),
+    "reverse-from-experts": ("reverse_kl", None, None, "qwen3-from_moe-tied"),
     "sampled-experts": ("sampled_reverse_kl", None, None, "qwen3_moe-untied"),
 }
 PAIRS = {
@@ -39,9 +42,12 @@ PAIRS = {
     "qwen3-untied": False,
     "qwen2-tied": True,
     "llama-tied": True,
-    "llama-threes": True,
+    "llama-threes-tied": True,
     "qwen3-deep-tied": True,
     "qwen3_moe-untied": False,
+    "qwen3-counted-tied": True,
+    "qwen3_moe-uneven-untied": False,
+    "qwen3-from_moe-tied": True,
 }
 
 

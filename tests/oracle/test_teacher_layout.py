@@ -46,6 +46,13 @@ CASES: dict[str, tuple[str, tuple[str, ...]]] = {
             *("--teacher-tensor-model-parallel-size=2", "--teacher-pipeline-model-parallel-size=2"),
         ),
     ),
+    "EP4 for dense TP2": (
+        "qwen3-from_moe",
+        (
+            "--tensor-model-parallel-size=2",
+            *("--teacher-tensor-model-parallel-size=1", "--teacher-expert-model-parallel-size=4"),
+        ),
+    ),
     "EP4 for TP2EP2SP": (
         "qwen3_moe",
         (
@@ -54,7 +61,7 @@ CASES: dict[str, tuple[str, tuple[str, ...]]] = {
         ),
     ),
 }
-TIED_TEACHER = {"qwen3": True, "llama": False, "qwen3_moe": False}
+TIED_TEACHER = {"qwen3": True, "llama": False, "qwen3_moe": False, "qwen3-from_moe": False}
 
 
 @pytest.fixture(scope="module")
