@@ -93,7 +93,7 @@ def _save(path: Path, family: str) -> Path:
 
 
 def _growth(*paths: Path) -> tuple[float, float]:
-    """MB by which the peak rises above that of the imports: on the way to Megatron, and on the way back at the latest."""
+    """MB by which the peak rises above that of the imports: on the way to Megatron, and until the way back ends."""
     run = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", MEASURE, *map(str, paths)],
         capture_output=True,

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from transformers import AutoModelForCausalLM
 
 from megatron_taopd.checkpoint import hf_files_dir, read_latest_iteration, save_checkpoint
@@ -102,6 +103,7 @@ def _describe(path: str) -> dict[str, Any]:
     return {
         name: (tuple(entry.size), entry.properties.dtype, entry.properties.requires_grad)
         for name, entry in index.state_dict_metadata.items()
+        if isinstance(entry, TensorStorageMetadata)  # newer Megatron keeps other objects there as well
     }
 
 
