@@ -125,6 +125,7 @@ def load_pair(
     teachers = models.named_teachers()
     teacher_hfs = [load_hf_config(path) for _, path in teachers]
     refuse_expert_layout_in_vain(parallel, student_hf, *teacher_hfs)
+    check_layout(student_hf, parallel)  # before the teachers', which have flags of their own to answer with
     own_layout = _lay_out_teachers(teacher_parallel, parallel, teacher_hfs)
     student_overrides = fp8_fields(precision.fp8_settings(), student_hf, parallel, trained=train_student)
     teacher_layout = parallel if own_layout is None else own_layout.config

@@ -10,6 +10,7 @@ import torch
 
 from megatron_taopd import cli
 from megatron_taopd.errors import ConfigError
+from megatron_taopd.models import load_hf_config
 from megatron_taopd.platform import distributed
 from megatron_taopd.platform.layout import ParallelConfig, TeacherLayout, TeacherParallelConfig
 from megatron_taopd.training import pair, scopes
@@ -161,6 +162,14 @@ def test_a_split_of_its_own() -> None:
     ):
         with pytest.raises(ConfigError, match=message):
             TeacherParallelConfig(**{f"teacher_{name}": value for name, value in flags.items()}).resolve(STUDENT)
+
+
+def test_a_teacher_that_does_not_divide_is_told_of_its_own_flags(root: Path) -> None:
+    teacher = load_hf_config(root / "teacher")
+    with pytest.raises(
+        ConfigError, match="3 does not divide the 4 layers .*; or give the teacher .*--teacher-decoder-first"
+    ):
+        pair._lay_out_teachers(TeacherParallelConfig(), ParallelConfig(pipeline_model_parallel_size=3), [teacher])
 
 
 def test_experts_of_the_teacher_follow_its_own_tensor_parallel_size() -> None:
