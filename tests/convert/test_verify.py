@@ -130,19 +130,19 @@ EXPERT = "model.layers.1.mlp.experts.{}.down_proj.weight"
 
 
 def _spoil_experts_not_visited(path: Path) -> None:
-    """Four tokens visit eight of the 32 experts at most."""
+    """Four tokens visit eight of the 24 experts at most."""
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
     read = torch.randint(509, (1, 4), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         visited = model(read, output_router_logits=True).router_logits[1].topk(2).indices.unique().tolist()
     assert 2 <= len(visited) <= 8
-    _edit(path, lambda t: [t[EXPERT.format(e)].fill_(7.0) for e in range(32) if e not in visited])
+    _edit(path, lambda t: [t[EXPERT.format(e)].fill_(7.0) for e in range(24) if e not in visited])
 
 
 @pytest.mark.parametrize("kind", ["hf", "megatron"])
 @pytest.mark.parametrize("spoil", [_spoil_rows_not_read, _spoil_experts_not_visited])
 def test_mistakes_that_no_prompt_shows(one_process, tmp_path, kind: str, spoil: Callable[[Path], None]) -> None:
-    family, settings = ("llama", {}) if spoil is _spoil_rows_not_read else ("qwen3_moe", {"num_experts": 32})
+    family, settings = ("llama", {}) if spoil is _spoil_rows_not_read else ("qwen3_moe", {"num_experts": 24})
     original = save_tiny_hf_model(tmp_path / "original", family, num_layers=2, tied=False, **settings)
     model = Path(shutil.copytree(original, tmp_path / "wrong"))
     spoil(model)
