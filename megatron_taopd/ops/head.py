@@ -16,7 +16,7 @@ from megatron_taopd.ops.tiles import slices
 DEFAULT_LOGITS_CHUNK_BYTES = 64 * 2**20
 
 _CAST_ROWS = 4096
-_CHOSEN_VALUES = 2**20  # of weights that are gathered at once
+_CHOSEN_VALUES = {"cpu": 2**20, "cuda": 2**26}  # of weights that are gathered at once: for the cache, or to fill a GPU
 
 # From torch 2.8 on, and on CUDA alone, products of bf16 are written (and added) in fp32 without a copy; elsewhere
 # operands are cast first. Not yet run on a GPU; tests/ops/test_head.py does it where there is one.
@@ -92,7 +92,7 @@ class HeadShard:
         row_L, slot_L = (wanted_RP & (index_RP >= 0) & (index_RP < self.num_valid)).nonzero(as_tuple=True)
         index_L, weight_VH = index_RP[row_L, slot_L], self.valid_weight()
         out = torch.zeros(ids_RP.shape, dtype=self.logits_dtype, device=ids_RP.device)
-        for part in slices(row_L.numel(), max(1, _CHOSEN_VALUES // weight_VH.shape[1])):
+        for part in slices(row_L.numel(), max(1, _CHOSEN_VALUES[out.device.type] // weight_VH.shape[1])):
             weight_LH = weight_VH.index_select(0, index_L[part]).to(out.dtype)
             hidden_LH = hidden_RH.detach().index_select(0, row_L[part]).to(out.dtype)
             out[row_L[part], slot_L[part]] = torch.linalg.vecdot(weight_LH, hidden_LH)

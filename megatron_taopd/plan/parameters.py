@@ -35,18 +35,18 @@ class RankParameters:
 
 def stage_layers(hf: HFModelConfig, parallel: ParallelConfig, stage: int) -> list[int]:
     """Numbers of the layers of a stage, of a layout that ``check_layout`` accepts."""
-    stages = parallel.pipeline_model_parallel_size
-    virtual = parallel.num_virtual_stages_per_pipeline_rank
-    if virtual is not None:
-        piece = hf.num_layers // (stages * virtual)
-        starts = [(round_ * stages + stage) * piece for round_ in range(virtual)]
-        return [layer for start in starts for layer in range(start, start + piece)]
-    counts = _layers_of_stages(hf, parallel)
-    first = sum(counts[:stage])
-    return list(range(first, first + counts[stage]))
+    rounds = parallel.num_virtual_stages_per_pipeline_rank or 1
+    pieces = [share // rounds for share in _shares_of_stages(hf, parallel)]
+    embedding = int(parallel.account_for_embedding_in_pipeline_split)
+    layers: list[int] = []
+    for number in range(rounds):
+        start = number * sum(pieces) + sum(pieces[:stage]) - embedding
+        layers += range(max(start, 0), min(start + pieces[stage], hf.num_layers))
+    return layers
 
 
-def _layers_of_stages(hf: HFModelConfig, parallel: ParallelConfig) -> list[int]:
+def _shares_of_stages(hf: HFModelConfig, parallel: ParallelConfig) -> list[int]:
+    """Layers of each stage; embedding and loss count as layers where they are accounted as some."""
     stages = parallel.pipeline_model_parallel_size
     first, last = parallel.decoder_first_pipeline_num_layers, parallel.decoder_last_pipeline_num_layers
     fixed = [layers for layers in (first, last) if layers is not None]
@@ -57,10 +57,7 @@ def _layers_of_stages(hf: HFModelConfig, parallel: ParallelConfig) -> list[int]:
         counts[-1] = rest if last is None else last
         return counts
     embedding, loss = parallel.account_for_embedding_in_pipeline_split, parallel.account_for_loss_in_pipeline_split
-    counts = [(hf.num_layers + embedding + loss) // stages] * stages
-    counts[0] -= embedding
-    counts[-1] -= loss
-    return counts
+    return [(hf.num_layers + embedding + loss) // stages] * stages
 
 
 def rank_parameters(

@@ -31,8 +31,8 @@ class WorkerError(RuntimeError):
 class WorkerPool:
     """``world_size`` processes with a gloo process group between them, as ``torchrun`` would set them up.
 
-    The processes start with the first :meth:`run` and stay; they are forked from one that has imported this package
-    and what it stands on, with the environment of the first pool's start. A call that fails on any rank, or takes
+    The processes start with the first :meth:`run` and stay; without a GPU they are forked from one that has imported
+    this package and what it stands on, with the environment of the first pool's start. A call that fails on any rank, or takes
     longer than ``timeout`` seconds, ends them all (the others may wait in a collective) and the next call starts fresh
     ones.
     """
@@ -90,7 +90,8 @@ class WorkerPool:
         import torch
 
         atexit.register(self._kill)  # the interpreter would wait for the ranks of a pool left open
-        context: Any = multiprocessing.get_context("forkserver")
+        # CUDA cannot be used in a fork of a process that has seen it.
+        context: Any = multiprocessing.get_context("spawn" if torch.cuda.is_available() else "forkserver")
         context.set_forkserver_preload([PRELOAD])
         # The store lives here, on a port that it took itself: no other pool can have taken it in between.
         self._store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)

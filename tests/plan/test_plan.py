@@ -49,6 +49,17 @@ def test_stages_have_every_layer_once() -> None:
             account_for_embedding_in_pipeline_split=True,
             account_for_loss_in_pipeline_split=True,
         ),
+        ParallelConfig(
+            pipeline_model_parallel_size=2,
+            num_virtual_stages_per_pipeline_rank=19,
+            account_for_embedding_in_pipeline_split=True,
+            account_for_loss_in_pipeline_split=True,
+        ),
+        ParallelConfig(
+            pipeline_model_parallel_size=2,
+            num_virtual_stages_per_pipeline_rank=2,
+            decoder_first_pipeline_num_layers=16,
+        ),
     ):
         stages = parallel.pipeline_model_parallel_size
         dealt = [layer for stage in range(stages) for layer in stage_layers(hf, parallel, stage)]
