@@ -32,9 +32,9 @@ class WorkerPool:
     """``world_size`` processes with a gloo process group between them, as ``torchrun`` would set them up.
 
     The processes start with the first :meth:`run` and stay; without a GPU they are forked from one that has imported
-    this package and what it stands on, with the environment of the first pool's start. A call that fails on any rank, or takes
-    longer than ``timeout`` seconds, ends them all (the others may wait in a collective) and the next call starts fresh
-    ones.
+    this package and what it stands on, with the environment of the first pool's start. A call that fails on any rank,
+    or takes longer than ``timeout`` seconds, ends them all (the others may wait in a collective) and the next call
+    starts fresh ones.
     """
 
     def __init__(self, world_size: int, timeout: float = 300.0) -> None:
