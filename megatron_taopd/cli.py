@@ -11,6 +11,7 @@ from typing import Any
 
 from megatron_taopd import __version__
 from megatron_taopd.errors import ConfigError, TaopdError
+from megatron_taopd.exit_status import USER_ERROR
 from megatron_taopd.launch.run_again import as_torchrun_is_told
 
 # Sub-command -> (module:function, one line for --help). Modules are imported when called, so that --help is quick.
@@ -120,4 +121,4 @@ def main(words: Sequence[str] | None = None) -> int:
         rank = os.environ.get("RANK")
         where = f" (rank {rank})" if rank not in (None, "0") else ""
         print(f"taopd: error{where}: {error}", file=sys.stderr, flush=True)
-        return 2
+        return as_torchrun_is_told(USER_ERROR)

@@ -74,6 +74,7 @@ def render(config: SlurmConfig, command: Command) -> str:
         job_dir=str(job_directory(config, command)),
         save=None if command.save is None else str(Path(command.save).absolute()),
         max_requeues=config.stopping.max_requeues,
+        requeue_on_failure=config.requeue_on_failure,
         nodes=resources.nodes,
         nproc_per_node=resources.nproc_per_node,
         max_restarts=config.max_restarts,

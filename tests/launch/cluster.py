@@ -175,9 +175,9 @@ class Job:
             lambda: self.state() in states, lambda: f"{states}, is {self.state()}: {self.log()}", timeout=timeout
         )
 
-    def start_again_now(self) -> None:
-        """Run a job that was queued again; left alone, SLURM lets it wait for two minutes."""
-        queued = {"Restarts": "1", "JobState": "PENDING", "Reason": "BeginTime"}
+    def start_again_now(self, restarts: int = 1) -> None:
+        """Run a job that was queued again, for so many times now; left alone, SLURM lets it wait for two minutes."""
+        queued = {"Restarts": str(restarts), "JobState": "PENDING", "Reason": "BeginTime"}
         self.cluster.wait(lambda: queued.items() <= self.cluster.state(self.id).items(), self.log, timeout=60)
         time.sleep(2.1)  # credentials are told apart by the second, and those of the first attempt are void
         self.cluster.run("scontrol", "update", f"jobid={self.id}", "starttime=now")

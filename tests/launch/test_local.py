@@ -71,13 +71,16 @@ def test_refused(words: tuple[str, ...], message: str, capsys: pytest.CaptureFix
 
 
 def test_ranks_tell_of_a_stop_by_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """torchrun sees 0, so that every node ends in order; the first rank of a node leaves the file."""
-    path = tmp_path / "again"
+    """torchrun sees 0, so that every node ends in order; the first rank of a node leaves the file. A refusal leaves
+    another."""
+    path, refused = tmp_path / "again", tmp_path / "again.refused"
     assert run_again.as_torchrun_is_told(exit_status.RUN_AGAIN) == exit_status.RUN_AGAIN
     monkeypatch.setenv(run_again.VARIABLE, str(path))
-    for status in (exit_status.FINISHED, 1, exit_status.USER_ERROR):
+    for status in (exit_status.FINISHED, 1, exit_status.HUNG):
         assert run_again.as_torchrun_is_told(status) == status
+    assert not refused.exists()
     monkeypatch.setenv("LOCAL_RANK", "1")
+    assert cli.main(["trian"]) == exit_status.USER_ERROR and refused.exists()
     assert run_again.as_torchrun_is_told(exit_status.RUN_AGAIN) == exit_status.FINISHED
     assert not path.exists()
     monkeypatch.setenv("LOCAL_RANK", "0")

@@ -11,6 +11,7 @@ import pytest
 
 from megatron_taopd import __version__, cli
 from megatron_taopd.errors import ConfigError
+from megatron_taopd.exit_status import RUN_AGAIN
 from megatron_taopd.launch.slurm_config import time_limit_seconds
 from tests.needs import missing
 
@@ -156,6 +157,15 @@ def test_without_sbatch_nothing_is_written(tmp_path: Path, monkeypatch: pytest.M
     with pytest.raises(ConfigError, match="sbatch is not on this machine's path"):
         cli.run(["launch", "slurm", "--", *TRAIN])
     assert not list(tmp_path.iterdir())
+
+
+def test_a_start_too_many_ends_at_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """After pre-emption SLURM counts; the status says that there is more to do."""
+    script = render(capsys, "--max-requeues", "3", "--job-dir", str(tmp_path), "--", *TRAIN)
+    variables = {"SLURM_JOB_ID": "1", "SLURM_RESTART_COUNT": "4", "PATH": os.environ["PATH"]}
+    answer = subprocess.run(["bash", "-c", script], env=variables, capture_output=True, text=True)
+    assert answer.returncode == RUN_AGAIN, answer.stderr
+    assert "this job started again 4 times and --max-requeues is 3; submit it anew" in answer.stdout
 
 
 def test_time_limits() -> None:

@@ -24,9 +24,9 @@ say() {
 
 if ((attempt > max_requeues)); then
   say "this job started again $attempt times and --max-requeues is $max_requeues; submit it anew to go on"
-  exit 1
+  exit 75
 fi
-rm -f -- "$run_again"
+rm -f -- "$run_again" "$run_again.refused"
 
 step=(
   srun --nodes=1 --ntasks=1 --ntasks-per-node=1 --kill-on-bad-exit=1
@@ -61,6 +61,6 @@ if ((status == 0)) && [[ -e $run_again ]]; then
   say "stopped early; not queued again: taopd convert does not say where it was"
   exit 75
 fi
-rm -f -- "$run_again"
-say "ended with status $status"
+say "ended with status $status$([[ ! -e $run_again.refused ]] || echo ": a rank refused to go on")"
+rm -f -- "$run_again" "$run_again.refused"
 exit "$status"

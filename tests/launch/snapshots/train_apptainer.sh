@@ -28,11 +28,40 @@ checkpointed_iteration() {
   cat -- /ck/latest_checkpointed_iteration.txt 2>/dev/null
 }
 
+# The controller of a busy cluster does not always answer at once.
+patiently() {
+  local pause
+  for pause in 2 10 30; do
+    "$@" && return
+    sleep "$pause"
+  done
+  "$@"
+}
+
+# Ends this script with the ranks' status, or with 75 where they stopped as asked and somebody has to start them again.
+queue_again() {
+  local state
+  state=$(patiently squeue --noheader --jobs="$SLURM_JOB_ID" --format=%T)
+  if [[ -z $state ]]; then
+    say "$1; not queued again: squeue does not tell how this job stands; submit it anew to go on"
+  elif [[ $state != RUNNING ]]; then
+    say "$1; SLURM ends this job ($state), and queues it again if it was pre-empted"
+    exit "$status"
+  elif ((attempt >= max_requeues)); then
+    say "$1; not queued again: --max-requeues is $max_requeues"
+  else
+    say "$1; queued again"
+    patiently scontrol requeue "$SLURM_JOB_ID" && exit 0
+    say "scontrol did not queue it again; submit it anew to go on"
+  fi
+  exit $((status == 0 ? 75 : status))
+}
+
 if ((attempt > max_requeues)); then
   say "this job started again $attempt times and --max-requeues is $max_requeues; submit it anew to go on"
-  exit 1
+  exit 75
 fi
-rm -f -- "$run_again"
+rm -f -- "$run_again" "$run_again.refused"
 
 step=(
   srun --nodes=1 --ntasks=1 --ntasks-per-node=1 --kill-on-bad-exit=1
@@ -97,21 +126,21 @@ if ((status == 0)) && [[ -e $run_again ]]; then
   rm -f -- "$run_again"
   after=$(checkpointed_iteration)
   where="at iteration ${after:-0}"
-  state=$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%T)
-  if [[ $state != RUNNING ]]; then
-    say "stopped $where; SLURM ends this job ($state), and queues it again if it was pre-empted"
-  elif ((attempt >= max_requeues)); then
-    say "stopped $where; not queued again: --max-requeues is $max_requeues"
-    exit 75
-  elif [[ -n $time_is_up && -n $after && $after == "$before" ]]; then
+  if [[ -n $time_is_up && -n $after && $after == "$before" ]]; then
     say "stopped $where, as it had started; not queued again: one step takes longer than the job"
     exit 75
-  else
-    say "stopped $where; queued again"
-    scontrol requeue "$SLURM_JOB_ID" || exit 75
   fi
-  exit 0
+  queue_again "stopped $where"
 fi
-rm -f -- "$run_again"
-say "ended with status $status"
+if ((status != 0 && status != 2)) && [[ ! -e $run_again.refused ]]; then
+  rm -f -- "$run_again"
+  after=$(checkpointed_iteration)
+  if [[ -z $after || $after == "$before" ]]; then
+    say "ended with status $status; not queued again: no checkpoint since this start"
+    exit "$status"
+  fi
+  queue_again "ended with status $status, with a checkpoint of iteration $after"
+fi
+say "ended with status $status$([[ ! -e $run_again.refused ]] || echo ": a rank refused to go on")"
+rm -f -- "$run_again" "$run_again.refused"
 exit "$status"
