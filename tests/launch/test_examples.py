@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-import importlib.util
 import subprocess
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 
 import pytest
 
 from megatron_taopd import cli
 from megatron_taopd.config import TrainConfig
-from megatron_taopd.errors import ConfigError
 from megatron_taopd.launch import command
 from megatron_taopd.launch.nemo_run_config import NemoRunConfig
 from megatron_taopd.launch.slurm_config import SlurmConfig
 from megatron_taopd.models import load_hf_config
+from megatron_taopd.plan.config import PlanConfig
+from megatron_taopd.plan.planning import Plan, make_plan
 from tests.conftest import ROOT
-from tests.examples.test_models import GIB, _flags, _state_bytes, _words
+from tests.examples.test_models import _flags, _words
+from tests.launch import nemo
 
 FILES = [path for name in ("slurm", "nemo_run") for path in sorted((ROOT / "examples" / name).glob("qwen*.sh"))]
 NODES = {"qwen3_4b_from_32b": 8, "qwen3_8b_from_235b_a22b": 4}
@@ -26,17 +28,31 @@ MODELS = {
 }
 
 
+def run_file(file: Path, tmp_path: Path, taopd: str, *more: str, **variables: str) -> str:
+    """Standard output of a launch file with DRY_RUN set; ``taopd`` is what the program of that name does."""
+    program = tmp_path / "bin/taopd"
+    program.parent.mkdir(exist_ok=True)
+    program.write_text(f"#!/usr/bin/env bash\n{taopd}\n")
+    program.chmod(0o755)
+    environment = {"PATH": f"{program.parent}:/usr/bin:/bin", "DRY_RUN": "1", **variables}
+    return subprocess.run(
+        ["bash", file, *more], env=environment, cwd=tmp_path, stdout=subprocess.PIPE, text=True, check=True
+    ).stdout
+
+
 def words_for_taopd(file: Path, tmp_path: Path, *more: str, **variables: str) -> list[str]:
-    """What a launch file calls `taopd` with; DRY_RUN is set."""
-    fake = tmp_path / "bin/taopd"
-    fake.parent.mkdir(exist_ok=True)
-    fake.write_text("#!/usr/bin/env bash\nprintf '%s\\0' \"$@\"\n")
-    fake.chmod(0o755)
-    environment = {"PATH": f"{fake.parent}:/usr/bin:/bin", "DRY_RUN": "1", **variables}
-    answer = subprocess.run(
-        ["bash", file, *more], env=environment, cwd=tmp_path, capture_output=True, text=True, check=True
-    )
-    return answer.stdout.split("\0")[:-1]
+    """What a launch file calls `taopd` with."""
+    return run_file(file, tmp_path, "printf '%s\\0' \"$@\"", *more, **variables).split("\0")[:-1]
+
+
+def plan_of(training: TrainConfig, num_gpus: int) -> Plan:
+    """What a run takes of GPUs of 80 GB, with prompts and responses as long as its flags let them be."""
+    groups = [group for group in vars(training).values() if is_dataclass(group)]
+    given = {name: value for group in groups for name, value in vars(group).items()} | vars(training)
+    given |= {"teacher": training.models.teacher[0], "prompt_length": training.data.max_prompt_length}
+    known = {field.name for field in fields(PlanConfig)}
+    config = PlanConfig(num_gpus=num_gpus, **{name: it for name, it in given.items() if name in known and it is not None})
+    return make_plan(config, load_hf_config(config.student), load_hf_config(config.teacher))
 
 
 def test_both_pairs_have_both_launchers() -> None:
@@ -59,18 +75,19 @@ def test_launch_file(file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     config: TrainConfig = cli.parse(TrainConfig, training[1:], name="train")
     assert config.selection.keep_ratio == 0.3
 
-    held = _state_bytes(student, config.parallel, resources.world_size, trained=True)
-    held += _state_bytes(teacher, config.parallel, resources.world_size, trained=False)
-    assert held < 40 * GIB, f"{held / GIB:.1f} GiB of weights and state a GPU"
+    plan = plan_of(config, resources.world_size)
+    assert plan.fits, f"{plan.peak / plan.room:.2f} of a GPU"
 
-    if launcher == "nemo-run" and importlib.util.find_spec("nemo_run") is None:
-        with pytest.raises(ConfigError, match=r'pip install -e "\.\[nemo-run\]"'):
-            cli.run(words)  # everything else has been checked by then
+    if launcher == "nemo-run":
+        calls = f'PYTHONPATH={ROOT} NEMORUN_HOME={tmp_path} exec {nemo.python()} -m megatron_taopd "$@"'
+        more = ("--keep-ratio", "0.3")
+        script = run_file(file, tmp_path, calls, *more, ACCOUNT="lab", PARTITION="gpu", **models)
+        script = script[script.index("#!/bin/bash") :]
     else:
         assert cli.run(words) == 0
         script = capsys.readouterr().out
-        assert f"#SBATCH --nodes={resources.nodes}" in script and "--keep-ratio 0.3" in script
-        subprocess.run(["bash", "-n"], input=script, text=True, check=True)
+    assert f"#SBATCH --nodes={resources.nodes}" in script and "--keep-ratio 0.3" in script
+    subprocess.run(["bash", "-n"], input=script, text=True, check=True)
 
 
 def test_the_training_is_that_of_the_recipe(tmp_path: Path) -> None:
