@@ -9,6 +9,7 @@ the ranks' was. Here both signals go to the ranks, which stop at the end of a st
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 import sys
 from collections.abc import Iterable, Sequence
@@ -29,6 +30,10 @@ def main(words: Sequence[str] | None = None) -> int:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     arguments: Any = run.parse_args(words)
+    if arguments.max_restarts:
+        # torchrun shares one store with all generations of ranks, and the next one reads the addresses of the dead
+        # there (pytorch/pytorch#135712): let rank 0 of each generation have its own.
+        os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
     api: Any = elastic
     handler = _HandOn(api._terminate_process_handler)
     # torchrun installs this one for SIGTERM and others, by this name, each time that it starts ranks.

@@ -1,4 +1,4 @@
-"""Two torchrun nodes that have nothing but a network in common train as one node does."""
+"""Two torchrun nodes that have nothing but a network in common take the demo's steps as one node does."""
 
 from __future__ import annotations
 
@@ -8,15 +8,25 @@ from pathlib import Path
 
 import pytest
 
+from tests.conftest import ROOT
 from tests.launch import runs
 from tests.launch.namespaces import ADDRESSES, two_nodes
 
 
 @pytest.mark.slow
 def test_two_nodes_give_the_weights_of_one(pool, tmp_path: Path) -> None:
+    """The quickstart's recipe has two pipeline stages: hidden states, their gradients and the loss cross the network."""
     runs.make_files(tmp_path)
     outs = {name: tmp_path / name for name in ("one", "two")}
-    commands = {name: runs.words(tmp_path, out, iters=2, response=6) for name, out in outs.items()}
+    commands = {
+        name: [
+            *("train", "--config", str(ROOT / "examples/quickstart/train.yaml")),
+            *("--student", str(tmp_path / "student"), "--teacher", str(tmp_path / "teacher")),
+            *("--prompt-data", str(tmp_path / "prompts.jsonl"), "--max-response-length", "6", "--train-iters", "2"),
+            *("--log-dir", str(out), "--export-hf", str(out / "hf")),
+        ]
+        for name, out in outs.items()
+    }
     with two_nodes() as nodes:
         started = []
         for rank, node in enumerate(nodes):
