@@ -1,9 +1,9 @@
 """How ranks say how they ended where torchrun and srun are between them and who started them.
 
 To torchrun every status but 0 is a failure. It then ends its other ranks, and torchrun of other nodes, whose rendezvous
-is gone, ends theirs in the middle of their own exit, with a status of its own. So ranks that stopped as asked end with 0,
-for which all nodes wait, and leave a file. Ranks that refuse leave another: srun's status may be that of a node which it
-ended because of them, and would look like a failure that is worth another try.
+is gone, ends theirs in the middle of their own exit, with a status of its own. So ranks that stopped as asked end with
+0, for which all nodes wait, and leave a file. Ranks that refuse leave another: srun's status may be that of a node that
+it ended because of them, and would look like a failure that is worth another try.
 """
 
 from __future__ import annotations

@@ -167,8 +167,8 @@ class SlurmConfig:
     max_restarts: int = 0
     """Start the ranks anew within the job so many times where one has failed; they go on from the last checkpoint."""
     requeue_on_failure: bool = True
-    """Queue the job again, too, when ranks have died or hung (any status but 2: refused), if there is a checkpoint of this
-    start; --max-requeues bounds it."""
+    """Queue the job again, too, when ranks have died or hung (any status but 2: refused), if there is a checkpoint of
+    this start; --max-requeues bounds it."""
     ranks: RanksConfig = field(default_factory=RanksConfig)
 
     def __post_init__(self) -> None:

@@ -51,7 +51,9 @@ def plan_of(training: TrainConfig, num_gpus: int) -> Plan:
     given = {name: value for group in groups for name, value in vars(group).items()} | vars(training)
     given |= {"teacher": training.models.teacher[0], "prompt_length": training.data.max_prompt_length}
     known = {field.name for field in fields(PlanConfig)}
-    config = PlanConfig(num_gpus=num_gpus, **{name: it for name, it in given.items() if name in known and it is not None})
+    config = PlanConfig(
+        num_gpus=num_gpus, **{name: it for name, it in given.items() if name in known and it is not None}
+    )
     return make_plan(config, load_hf_config(config.student), load_hf_config(config.teacher))
 
 

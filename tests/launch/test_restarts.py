@@ -1,4 +1,4 @@
-"""``--max-restarts``: torchrun starts the ranks anew where one has died, and the weights are those of an undisturbed run."""
+"""``--max-restarts``: torchrun starts ranks anew where one has died; the weights are those of an undisturbed run."""
 
 from __future__ import annotations
 

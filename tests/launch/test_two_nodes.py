@@ -15,7 +15,7 @@ from tests.launch.namespaces import ADDRESSES, two_nodes
 
 @pytest.mark.slow
 def test_two_nodes_give_the_weights_of_one(pool, tmp_path: Path) -> None:
-    """The quickstart's recipe has two pipeline stages: hidden states, their gradients and the loss cross the network."""
+    """The quickstart's recipe has two pipeline stages: hidden states and their gradients cross the network."""
     runs.make_files(tmp_path)
     outs = {name: tmp_path / name for name in ("one", "two")}
     commands = {
