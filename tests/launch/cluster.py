@@ -98,7 +98,7 @@ class Cluster:
         self.run("slurmctld", "-c")
         for node in self.nodes:
             self.run("slurmd", "-c", "-N", node)
-        self.wait(self._is_idle, "idle nodes", timeout=60)
+        self.wait(self.is_idle, "idle nodes", timeout=60)
 
     def stop(self) -> None:
         """End jobs and daemons, by the ids that they wrote."""
@@ -113,7 +113,8 @@ class Cluster:
         for pid in pids:
             _send(pid, signal.SIGKILL)
 
-    def _is_idle(self) -> bool:
+    def is_idle(self) -> bool:
+        """Whether all nodes wait for jobs."""
         states = self.run("sinfo", "--noheader", "--Node", "--partition=low", "--format=%t").split()
         return states == ["idle"] * len(self.nodes)
 

@@ -24,16 +24,24 @@ stop() {
 trap 'stop USR1' USR1
 trap 'stop TERM' TERM
 
+# srun's signal is lost on a node that has not started yet.
+other_has_started() {
+  until grep -q "start 0 of node $((1 - SLURM_NODEID))" "${run_again%.run-again}.attempt-0.log"; do sleep 0.1; done
+}
+
 if [[ ${SLURM_RESTART_COUNT:-0} != 0 ]]; then
   exit 0
 elif [[ $MODE == fail && $SLURM_NODEID == 1 ]]; then
+  other_has_started
   exit 3
 elif [[ $MODE == die && $SLURM_NODEID == 1 ]]; then
+  other_has_started
   checkpoint
   kill -KILL $$
 elif [[ $MODE == refuse ]]; then
   trap 'exit 143' TERM
   if [[ $SLURM_NODEID == 0 ]]; then
+    other_has_started
     checkpoint
     touch "$run_again.refused"
     exit 2
