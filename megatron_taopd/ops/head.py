@@ -19,7 +19,7 @@ _CAST_ROWS = 4096
 _CHOSEN_VALUES = {"cpu": 2**20, "cuda": 2**26}  # of weights that are gathered at once: for the cache, or to fill a GPU
 
 # From torch 2.8 on, and on CUDA alone, products of bf16 are written (and added) in fp32 without a copy; elsewhere
-# operands are cast first. Not yet run on a GPU; tests/ops/test_head.py does it where there is one.
+# operands are cast first. tests/ops/test_head.py runs it where there is a GPU.
 _HAS_OUT_DTYPE = all("dtype_out" in op.overloads() for op in (torch.ops.aten.mm, torch.ops.aten.addmm))
 
 
