@@ -20,6 +20,7 @@ from contenders import (
     Contender,
     chunk_rows,
     dense_torch,
+    forward_products,
     given_rows,
     liger,
     matrix_products,
@@ -34,6 +35,10 @@ from problem import Problem, Shape, make_problem
 SHAPES = ("2048,512,1024,32768", "1024,1024,2048,151936")
 LIGER_CHUNK = 1024
 RATIOS = (1.0, 0.1, 0.05)
+WARM_ROWS = 256
+DENSE = "dense torch"
+SCORING_PRODUCTS = "two products, all rows"
+"""What scoring cannot avoid: logits of both models, without a gradient."""
 LOSS_TOLERANCE, GRAD_TOLERANCE = 1e-4, 1e-3
 
 
@@ -46,20 +51,25 @@ class Entry(NamedTuple):
     checked: bool = True
     packages: tuple[str, ...] = ()
     """Those of a peer."""
+    compiled: bool = False
+    """Its first call at a shape compiles."""
+    gradient: bool = True
+    """It makes the head's gradient."""
 
 
 def entries(shape: Shape, kl: str, chunk_bytes: int) -> dict[str, Entry]:
     """Every line by name."""
     chunk = chunk_rows(shape.vocab, chunk_bytes)
     lines = {
-        "dense torch": Entry(partial(dense_torch, kl)),
+        DENSE: Entry(partial(dense_torch, kl)),
         "TRL GKD loss": Entry(partial(trl_gkd, kl), packages=TRL),
         "TRL chunked (DistillationTrainer)": Entry(partial(trl_chunked, kl), packages=TRL),
     }
-    for rows_a_chunk in sorted({chunk, LIGER_CHUNK}, reverse=True):
-        for compiled in (False, True):
-            name = f"Liger {'compiled' if compiled else 'eager'}, {_chunk_name(rows_a_chunk, chunk)}"
-            lines[name] = Entry(partial(liger, kl, compiled=compiled, rows_a_chunk=rows_a_chunk), packages=LIGER)
+    ways = [(LIGER_CHUNK, False), (LIGER_CHUNK, True), (chunk, True)]
+    for rows_a_chunk, compiled in dict.fromkeys(ways):
+        name = f"Liger {'compiled' if compiled else 'eager'}, {_chunk_name(rows_a_chunk, chunk)}"
+        make = partial(liger, kl, compiled=compiled, rows_a_chunk=rows_a_chunk)
+        lines[name] = Entry(make, packages=LIGER, compiled=compiled)
     for ratio in RATIOS:
         rows = None if ratio == 1.0 else _given(ratio)
         lines[f"ours, ρ = {ratio:g}"] = Entry(partial(ours, ratio, kl, chunk_bytes), rows)
@@ -69,6 +79,7 @@ def entries(shape: Shape, kl: str, chunk_bytes: int) -> dict[str, Entry]:
         )
     for ratio in RATIOS:
         lines[f"matrix products alone, ρ = {ratio:g}"] = Entry(partial(matrix_products, ratio, chunk), checked=False)
+    lines[SCORING_PRODUCTS] = Entry(partial(forward_products, chunk_bytes), checked=False, gradient=False)
     return lines
 
 
@@ -84,10 +95,22 @@ def _selected(ratio: float, chunk_bytes: int) -> Callable[[Problem], torch.Tenso
     return lambda problem: selected_rows(problem, ratio, chunk_bytes)
 
 
-def check(name: str, run: Contender, problem: Problem, reference: Contender) -> None:
+class Answer(NamedTuple):
+    """Loss, and gradients of hidden states and head."""
+
+    loss: torch.Tensor
+    hidden: torch.Tensor | None
+    weight: torch.Tensor | None
+
+
+def answer_of(run: Contender, problem: Problem) -> Answer:
+    return Answer(run(problem), *problem.take_grads())
+
+
+def check(name: str, run: Contender, problem: Problem, reference: Answer) -> None:
     """Both give one loss and one gradient, or the comparison would mean nothing."""
-    expected, (hidden_0, weight_0) = reference(problem), problem.take_grads()
-    loss, (hidden_1, weight_1) = run(problem), problem.take_grads()
+    expected, hidden_0, weight_0 = reference
+    loss, hidden_1, weight_1 = answer_of(run, problem)
     error = {"loss": float((loss - expected).abs() / expected.abs())}
     for part, ours_, theirs in (("hidden", hidden_1, hidden_0), ("weight", weight_1, weight_0)):
         assert ours_ is not None and theirs is not None
@@ -101,20 +124,26 @@ def memory_of(name: str, shape: Shape, kl: str, chunk_bytes: int, threads: int) 
     """In a fresh process: peak of one contender above its inputs."""
     torch.set_num_threads(threads)
     problem = make_problem(shape)
-    run = entries(shape, kl, chunk_bytes)[name].make()
-    return common.peak_memory(partial(_call, run, problem))
+    entry = entries(shape, kl, chunk_bytes)[name]
+    run = entry.make()
+    # Threads and their workspaces are there after a few rows, what is compiled after all of them.
+    _call(run, problem if entry.compiled else problem.first_rows(WARM_ROWS))
+    return common.peak_memory(partial(_call, run, problem), warmups=0)
 
 
 def measure(shape: Shape, args: argparse.Namespace) -> common.Table:
     lines = entries(shape, args.kl, args.logits_chunk_bytes)
     if args.only:
-        lines = {name: e for name, e in lines.items() if any(part in name for part in ["dense torch", *args.only])}
+        lines = {name: e for name, e in lines.items() if any(part in name for part in [DENSE, *args.only])}
     absent = {name: reason for name, entry in lines.items() if (reason := common.missing_peer(*entry.packages))}
     contenders = {name: entry.make() for name, entry in lines.items() if name not in absent}
     problem = make_problem(shape)
+    of_all_rows = answer_of(contenders[DENSE], problem)
     for name, run in contenders.items():
-        if lines[name].checked:
-            check(name, run, problem, dense_torch(args.kl, lines[name].rows))
+        rows_of = lines[name].rows
+        if lines[name].checked and name != DENSE:
+            check(name, run, problem, answer_of(dense_torch(args.kl, rows_of), problem) if rows_of else of_all_rows)
+    del of_all_rows
     runs = {name: partial(_call, run, problem) for name, run in contenders.items()}
     # Checking has warmed up all but the bare products.
     times = common.time_all(runs, rounds=args.rounds, warmups=0, budget=args.budget)
@@ -127,8 +156,9 @@ def measure(shape: Shape, args: argparse.Namespace) -> common.Table:
         row["samples"] = {"wall": timing.wall, "cpu": timing.cpu}
         if not args.no_memory:
             memory = common.in_fresh_process(memory_of, name, shape, args.kl, args.logits_chunk_bytes, args.threads)
-            row["resident_mib"] = (memory.resident - weight_gradient) / common.MIB
-            row["tensors_mib"] = (memory.tensors - weight_gradient) / common.MIB
+            wanted = weight_gradient if lines[name].gradient else 0
+            row["resident_mib"] = (memory.resident - wanted) / common.MIB
+            row["tensors_mib"] = (memory.tensors - wanted) / common.MIB
         rows.append(row)
     dense = rows[0]
     for row in rows:

@@ -11,6 +11,9 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
+import tempfile
+import time
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -20,6 +23,7 @@ import torch
 from contenders import TRAIN_CHUNK_BYTES, chunk_rows, given_slices, heads
 from problem import Problem, Shape, make_problem
 
+from megatron_taopd.errors import ConfigError
 from megatron_taopd.teachability import SelectionConfig, select, token_statistics
 
 SHAPES = ("2048,512,1024,32768", "2048,576,576,49152", "1024,1024,2048,151936", "512,2048,2048,151936")
@@ -28,6 +32,7 @@ FLOOR_BYTES = 2 * 2**30
 """No floor holds more logits than this."""
 KEEP_RATIO = 0.1
 MISSING = 1e-12
+COMPILED = "token_statistics, compiled"
 
 Rows = list[dict[int, float]]
 """A position's top-K as the API gives it: token id to log-probability."""
@@ -44,7 +49,7 @@ def two_products(problem: Problem, rows_a_chunk: int) -> None:
             torch.mm(hidden_TH[part], weight_VH.t(), out=buffer[: part.stop - part.start])
 
 
-def our_statistics(problem: Problem, chunk_bytes: int, k: int) -> Any:
+def our_statistics(problem: Problem, chunk_bytes: int, k: int, *, compiled: bool = False) -> Any:
     return token_statistics(
         problem.student_hidden_TH.detach(),
         problem.teacher_hidden_TH,
@@ -52,7 +57,21 @@ def our_statistics(problem: Problem, chunk_bytes: int, k: int) -> Any:
         *heads(problem),
         k=k,
         logits_chunk_bytes=chunk_bytes,
+        compiled=compiled,
     )
+
+
+def compile_once(problem: Problem, chunk_bytes: int, k: int) -> tuple[dict[str, Callable[[], Any]], str]:
+    """The statistics with compiled passes as a contender, after its first call; nothing where no compiler is there.
+    And what to say of it."""
+    run = partial(our_statistics, problem, chunk_bytes, k, compiled=True)
+    started = time.perf_counter()
+    try:
+        run()
+    except ConfigError as error:
+        return {}, f"{COMPILED} left out: {error}"
+    seconds = time.perf_counter() - started
+    return {COMPILED: run}, f"The first call of {COMPILED} took {seconds:.1f} s (a table before may have compiled it)."
 
 
 def our_statistics_and_selection(problem: Problem, chunk_bytes: int, k: int) -> torch.Tensor:
@@ -134,11 +153,13 @@ def measure(shape: Shape, args: argparse.Namespace) -> common.Table:
     chunk = chunk_rows(shape.vocab, chunk_bytes)
     problem = make_problem(shape, requires_grad=False)
     check(problem, chunk_bytes, k)
+    compiled, compiled_note = ({}, None) if args.no_compiled else compile_once(problem, chunk_bytes, k)
     sizes = sorted({chunk, *(rows for rows in args.floor_rows if 8 * rows * shape.vocab <= FLOOR_BYTES)})
     floors = {f"two products, {rows} rows a chunk": rows for rows in sizes if rows <= max(chunk, shape.tokens)}
     runs: dict[str, Callable[[], Any]] = {
         "token_statistics": partial(our_statistics, problem, chunk_bytes, k),
         "token_statistics + select": partial(our_statistics_and_selection, problem, chunk_bytes, k),
+        **compiled,
         **{name: partial(two_products, problem, rows) for name, rows in floors.items()},
     }
     if 8 * shape.tokens * shape.vocab <= FLOOR_BYTES:
@@ -177,6 +198,8 @@ def measure(shape: Shape, args: argparse.Namespace) -> common.Table:
             }
         )
     notes = [f"K = {k}, fp32, {args.clock} time, {args.rounds} rounds at most; our chunk is {chunk} rows."]
+    if compiled_note is not None:
+        notes.append(compiled_note)
     if not args.no_memory:
         memory = common.in_fresh_process(memory_of, shape, chunk_bytes, k, args.threads)
         rows[0] |= {"resident_mib": memory.resident / common.MIB, "tensors_mib": memory.tensors / common.MIB}
@@ -210,9 +233,12 @@ def main() -> None:
     )
     parser.add_argument("--floor-rows", type=int, nargs="+", default=FLOOR_ROWS, help="chunks tried for the floor")
     parser.add_argument("--no-memory", action="store_true", help="time alone")
+    parser.add_argument("--no-compiled", action="store_true", help="without the compiled statistics")
     args = parser.parse_args()
     common.start(args)
-    common.finish([measure(Shape.parse(text), args) for text in args.shapes], args)
+    with tempfile.TemporaryDirectory() as empty:
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = empty  # so that compiling takes what it takes the first time
+        common.finish([measure(Shape.parse(text), args) for text in args.shapes], args)
 
 
 if __name__ == "__main__":

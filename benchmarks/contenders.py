@@ -17,6 +17,7 @@ from problem import Problem
 from megatron_taopd.config import ScoringConfig
 from megatron_taopd.losses import LossConfig, distillation_loss
 from megatron_taopd.ops import HeadShard
+from megatron_taopd.ops.tiles import TilePlan
 from megatron_taopd.teachability import SelectionConfig, select, token_statistics
 
 TRAIN_CHUNK_BYTES = ScoringConfig().logits_chunk_bytes
@@ -159,6 +160,26 @@ def matrix_products(ratio: float, rows_a_chunk: int) -> Contender:
             torch.mm(student_RV, weight_s, out=grad_hidden[part])
             grad_weight.addmm_(student_RV.t(), hidden_s[part])
         return grad_hidden.new_zeros(())
+
+    return run
+
+
+def forward_products(chunk_bytes: int) -> Contender:
+    """The two products that scoring of all rows cannot avoid, in the tiles of the statistics; nothing else."""
+
+    def run(problem: Problem) -> torch.Tensor:
+        weights = problem.student_weight_VH.detach(), problem.teacher_weight_VH
+        hiddens = problem.student_hidden_TH.detach(), problem.teacher_hidden_TH
+        num_rows, vocab = len(problem.token_ids_T), weights[0].shape[0]
+        plan = TilePlan.within(chunk_bytes, num_rows=num_rows, num_ids=vocab)
+        buffers = [torch.empty(plan.rows * plan.width) for _ in weights]
+        for rows in plan.row_slices(num_rows):
+            for columns in plan.column_slices(vocab):
+                shape = rows.stop - rows.start, columns.stop - columns.start
+                for hidden_TH, weight_VH, buffer in zip(hiddens, weights, buffers, strict=True):
+                    tile_RW = buffer[: shape[0] * shape[1]].view(shape)
+                    torch.mm(hidden_TH[rows], weight_VH[columns].t(), out=tile_RW)
+        return weights[0].new_zeros(())
 
     return run
 

@@ -6,7 +6,7 @@ Shapes: T positions, H hidden size, V vocabulary.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -40,6 +40,12 @@ class Problem:
     student_weight_VH: torch.Tensor
     teacher_weight_VH: torch.Tensor
     token_ids_T: torch.Tensor
+
+    def first_rows(self, count: int) -> Problem:
+        """The same heads, and a copy of some hidden states."""
+        hidden_TH = self.student_hidden_TH.detach()[:count].clone().requires_grad_(self.student_hidden_TH.requires_grad)
+        rows = {"teacher_hidden_TH": self.teacher_hidden_TH[:count], "token_ids_T": self.token_ids_T[:count]}
+        return replace(self, student_hidden_TH=hidden_TH, **rows)
 
     def take_grads(self) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """Gradients of hidden states and head, which are cleared."""

@@ -72,18 +72,19 @@ def test_our_lines_pass_the_check(kl):
     problem = make_problem(SHAPE)
     lines = bench_loss.entries(SHAPE, kl, CHUNK_BYTES)
     for name in ("ours, ρ = 1", "ours, ρ = 0.05", "ours, ρ = 0.1, with scoring of all rows"):
-        reference = contenders.dense_torch(kl, lines[name].rows)
+        reference = bench_loss.answer_of(contenders.dense_torch(kl, lines[name].rows), problem)
         bench_loss.check(name, lines[name].make(), problem, reference)
 
 
 @pytest.mark.parametrize("kl", ["reverse", "forward"])
-@pytest.mark.parametrize("line", ["TRL GKD loss", "TRL chunked (DistillationTrainer)", "Liger eager, our chunk"])
+@pytest.mark.parametrize("line", ["TRL GKD loss", "TRL chunked (DistillationTrainer)", "Liger eager, its chunk (1024)"])
 def test_peers_give_the_same_loss_and_gradient(line, kl):
     entry = bench_loss.entries(SHAPE, kl, CHUNK_BYTES)[line]
     reason = common.missing_peer(*entry.packages)
     if reason is not None:
         pytest.skip(reason)
-    bench_loss.check(line, entry.make(), make_problem(SHAPE), contenders.dense_torch(kl))
+    problem = make_problem(SHAPE)
+    bench_loss.check(line, entry.make(), problem, bench_loss.answer_of(contenders.dense_torch(kl), problem))
 
 
 def test_the_check_finds_a_wrong_gradient():
@@ -92,16 +93,18 @@ def test_the_check_finds_a_wrong_gradient():
         problem.student_weight_VH.grad.mul_(1.01)
         return loss
 
+    problem = make_problem(SHAPE)
     with pytest.raises(SystemExit, match="differ"):
-        bench_loss.check("scaled", scaled, make_problem(SHAPE), contenders.dense_torch("reverse"))
+        bench_loss.check("scaled", scaled, problem, bench_loss.answer_of(contenders.dense_torch("reverse"), problem))
 
 
 def test_the_check_finds_a_nan():
     def broken(problem):
         return contenders.dense_torch("reverse")(problem) * math.nan
 
+    problem = make_problem(SHAPE)
     with pytest.raises(SystemExit, match="differ"):
-        bench_loss.check("broken", broken, make_problem(SHAPE), contenders.dense_torch("reverse"))
+        bench_loss.check("broken", broken, problem, bench_loss.answer_of(contenders.dense_torch("reverse"), problem))
 
 
 def test_python_selection_is_ours_in_upstream_mode():

@@ -8,12 +8,16 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import bench_score
 import bench_step
 import common
+import op_kinds
 import pytest
 import run
+from problem import Shape, make_problem
 from targets import targets_table
 
+from megatron_taopd.errors import ConfigError
 from megatron_taopd.testing.tiny_models import save_tiny_hf_model
 from tests.benchmarks.conftest import BENCHMARKS
 from tests.data.tokenizers_for_tests import TEMPLATE, save_word_tokenizer
@@ -47,12 +51,43 @@ def test_loss(tmp_path: Path):
 
 
 def test_score(tmp_path: Path):
-    words = ["--shapes", "64,16,24,2000", "--floor-rows", "16", "64", *TINY_CHUNK]
+    words = ["--shapes", "64,16,24,2000", "--floor-rows", "16", "64", "--no-compiled", *TINY_CHUNK]
     (table,) = script("bench_score.py", *words, out=tmp_path / "score.json")
     names = [row["contender"] for row in table["rows"]]
     assert names[0] == "token_statistics" and "of that, Python" in names
     floor = next(row for row in table["rows"] if row["contender"] == "two products, 64 rows a chunk")
     assert floor["ratio_best_floor"] >= 1.0
+
+
+def test_compiled_statistics_are_left_out_without_a_compiler(monkeypatch: pytest.MonkeyPatch):
+    def without_compiler(*_: Any, compiled: bool) -> None:
+        raise ConfigError("no compiler is here")
+
+    monkeypatch.setattr(bench_score, "our_statistics", without_compiler)
+    problem = make_problem(Shape.parse("4,4,4,40"))
+    assert bench_score.compile_once(problem, 65536, 4) == ({}, f"{bench_score.COMPILED} left out: no compiler is here")
+
+
+def test_profile(tmp_path: Path):
+    (table,) = script("bench_profile.py", "--shapes", "64,16,24,2000", *TINY_CHUNK, out=tmp_path / "profile.json")
+    assert [row["call"].split()[0] for row in table["rows"]] == ["token_statistics", "ours,"]
+    for row in table["rows"]:
+        assert sum(row[kind] for kind in op_kinds.COLUMNS) == pytest.approx(100)
+        assert row["matrix products"] > 0 and row["exp, softmax"] > 0
+
+
+@pytest.mark.parametrize(
+    ("operation", "kind"),
+    [
+        ("aten::addmm_", "matrix products"),
+        ("aten::_scaled_dot_product_flash_attention_for_cpu", "attention"),
+        ("aten::mul_", "subtract, multiply, add"),
+        ("aten::view", op_kinds.OTHER),
+        ("_ChunkedLoss", op_kinds.PYTHON),
+    ],
+)
+def test_kinds_of_operations(operation: str, kind: str):
+    assert op_kinds.kind_of(operation) == kind
 
 
 def test_tensor_parallel_traffic_is_that_of_the_formula(tmp_path: Path):
@@ -113,7 +148,7 @@ def test_stop_token_that_is_not_there_is_refused(tiny_models: Path, tmp_path: Pa
 
 
 def test_run_collects_tables_and_names_what_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):
-    score = "--shapes 64,16,24,2000 --rounds 1 --floor-rows 64 --no-memory"
+    score = "--shapes 64,16,24,2000 --rounds 1 --floor-rows 64 --no-memory --no-compiled"
     monkeypatch.setattr(
         run,
         "JOBS",

@@ -121,14 +121,27 @@ def test_tiles_do_not_matter(pool: Callable[[int], WorkerPool], ranks: int, ties
                 torch.testing.assert_close(got[name], want[name], rtol=1e-10, atol=1e-10, check_dtype=False, msg=name)
 
 
-def test_compiled_passes_are_close() -> None:
-    """One compiled loop adds up in fp32 in another order; ids and C come from the same code."""
+def test_compiled_passes_are_close(pool: Callable[[int], WorkerPool]) -> None:
+    """One compiled loop adds up in fp32 in another order; ids and C come from the same code. The ranks find what this
+    process has compiled."""
     if shutil.which("g++") is None:
         missing("no g++, the C++ compiler that torch.compile calls on CPU")
     problem = make_problem(9, 301, padded=312).to(torch.float32)
-    compiled = compute(problem, k=16, compiled=True)
-    for name, value in compute(problem, k=16).items():
-        torch.testing.assert_close(compiled[name], value, rtol=1e-4, atol=1e-5, msg=name)
+    plain = compute(problem, k=16)
+    compiled = [compute(problem, k=16, compiled=True)]
+    for result in [*compiled, *pool(2).run(compute, problem, k=16, compiled=True)]:
+        for name, value in plain.items():
+            torch.testing.assert_close(result[name], value, rtol=1e-4, atol=1e-5, msg=name)
+
+
+def test_compiled_passes_without_a_compiler() -> None:
+    import torch._inductor.config
+
+    torch._dynamo.reset()  # what another test has compiled is not to be found
+    options = {"cpp.cxx": ("/no/such/compiler",), "fx_graph_cache": False}
+    with torch._inductor.config.patch(options), pytest.raises(ConfigError, match="--compile-statistics.*no/such"):
+        compute(make_problem(3, 37, padded=48).to(torch.float32), k=4, compiled=True)
+    torch._dynamo.reset()
 
 
 def traffic(rows: int, k: int) -> Calls:
