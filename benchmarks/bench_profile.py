@@ -1,6 +1,6 @@
 """Where the statistics and our loss of every row spend their time, by kind of operation.
 
-    python benchmarks/bench_profile.py --shapes 2048,512,1024,32768 1024,1024,2048,151936
+python benchmarks/bench_profile.py --shapes 2048,512,1024,32768 1024,1024,2048,151936
 """
 
 from __future__ import annotations

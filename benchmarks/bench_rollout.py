@@ -1,7 +1,10 @@
-"""Generated tokens a second: the rollout engine against transformers' ``generate``.
+"""Generated tokens a second: the rollout engine against transformers' ``generate`` and Megatron-Core's own loop.
 
-Same weights (fp32), same prompts of unequal length, plain sampling, one process; the two take turns. Where responses
-end by themselves the two sample different ones: tokens a second are compared, not seconds.
+Same weights (fp32), same prompts of unequal length, plain sampling, one process; all take turns. Where responses end by
+themselves everyone samples different ones: tokens a second are compared, not seconds.
+
+Two more tables say why: the engine with one of its measures taken back at a time, beside Megatron's loop with one of
+its drawbacks taken away, and where all spend their time by kind of operation.
 
     python benchmarks/bench_rollout.py --model HF_DIR --threads 1 --clock cpu
 """
@@ -9,16 +12,20 @@ end by themselves the two sample different ones: tokens a second are compared, n
 from __future__ import annotations
 
 import argparse
-import functools
 import tempfile
 from collections.abc import Callable
-from dataclasses import replace
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import common
 import torch
+from op_kinds import seconds_by_kind, shares_row, shares_table
+from rollout_sides import Responses, Side, load_student, megatron_loop, ours, transformers_generate
+
+OURS, TRANSFORMERS, MEGATRON = "ours", "transformers", "Megatron's loop"
 
 # SmolLM2-135M's.
 SHAPE: dict[str, Any] = {
@@ -37,8 +44,6 @@ CASES: dict[str, tuple[int, int | None]] = {
     "early stops": (1, 50),
     "4 samples a prompt": (4, None),
 }
-Side = Callable[[list[list[int]], int, tuple[int, ...], int], int]
-"""(prompts, samples to a prompt, stop tokens, number of the run) -> tokens generated."""
 
 
 def parse() -> argparse.Namespace:
@@ -48,6 +53,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--new-tokens", type=int, default=64, help="longest response")
     parser.add_argument("--prompt-lengths", type=int, nargs=2, default=[24, 96], help="shortest and longest")
     parser.add_argument("--cases", nargs="+", choices=list(CASES), default=list(CASES), help="what is compared")
+    parser.add_argument("--no-parts", action="store_true", help="without the two tables that say why")
     parser.add_argument("--json", type=Path, dest="out", help="the same as --out")
     return parser.parse_args()
 
@@ -70,92 +76,114 @@ def make_prompts(args: argparse.Namespace, samples: int, vocab_size: int) -> lis
     return [tokens for tokens in drawn for _ in range(samples)][: args.batch]
 
 
-def ours(path: Path, args: argparse.Namespace) -> tuple[Side, int]:
-    """The engine on a student loaded from ``path``, and its vocabulary."""
-    from megatron_taopd.data.prompts import Prompt
-    from megatron_taopd.models import load_model
-    from megatron_taopd.platform import distributed
-    from megatron_taopd.platform.layout import ParallelConfig
-    from megatron_taopd.rollout.config import RolloutConfig
-    from megatron_taopd.rollout.megatron import MegatronEngine
-
-    distributed.initialize(ParallelConfig(), seed=1)
-    student = load_model(path, ParallelConfig(), params_dtype=torch.float32, trainable=True)
-
-    @functools.cache
-    def engine(samples: int, stop_tokens: tuple[int, ...]) -> MegatronEngine:
-        loaded = replace(student, hf=replace(student.hf, eos_token_ids=stop_tokens))
-        config = RolloutConfig(max_response_length=args.new_tokens, num_samples_per_prompt=samples)
-        return MegatronEngine(loaded, config, seed=1)
-
-    def run(prompts: list[list[int]], samples: int, stop_tokens: tuple[int, ...], number: int) -> int:
-        asked = [Prompt(id=str(i // samples), tokens=tokens) for i, tokens in enumerate(prompts)]
-        answers = engine(samples, stop_tokens).generate(asked, step=number, sample_offset=0)
-        return sum(len(answer.response_tokens) for answer in answers)
-
-    return run, student.hf.vocab_size
+def count(generate: Side, done: list[int], *case: Any) -> None:
+    """Generate once more and note how many tokens there were."""
+    done.append(sum(map(len, generate(*case, len(done)))))
 
 
-def theirs(path: Path, args: argparse.Namespace) -> Side:
-    """transformers on the same weights: prompts padded on the left, as its documentation asks."""
-    from transformers import AutoModelForCausalLM
+@dataclass
+class Case:
+    """What is generated."""
 
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
-    model.generation_config.eos_token_id = None
+    name: str
+    prompts: list[list[int]]
+    samples: int
+    stop_tokens: tuple[int, ...]
 
-    def run(prompts: list[list[int]], samples: int, stop_tokens: tuple[int, ...], number: int) -> int:
-        torch.manual_seed(number)
-        unique = prompts[::samples]
-        longest = max(map(len, unique))
-        answer = model.generate(
-            torch.tensor([[0] * (longest - len(p)) + p for p in unique]),
-            attention_mask=torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in unique]),
-            do_sample=True,
-            temperature=1.0,
-            top_k=0,
-            top_p=1.0,
-            max_new_tokens=args.new_tokens,
-            num_return_sequences=samples,
-            eos_token_id=list(stop_tokens) or None,
-            pad_token_id=0,
-        )[: len(prompts), longest:]
-        stopped = torch.isin(answer, torch.tensor(list(stop_tokens), dtype=torch.int64))
-        # A response counts up to its stop token; what comes after is padding.
-        return int((stopped.cumsum(1) - stopped.int() == 0).sum())
+
+def make_case(name: str, args: argparse.Namespace, vocab_size: int) -> Case:
+    samples, one_in = CASES[name]
+    stop_tokens = tuple(range(7, vocab_size, one_in)) if one_in else ()
+    return Case(name, make_prompts(args, samples, vocab_size), samples, stop_tokens)
+
+
+def speeds(contenders: dict[str, tuple[Side, Case]], args: argparse.Namespace) -> dict[str, dict[str, Any]]:
+    """Of every contender tokens a second by clock, of the round with the most; and the tokens of every round."""
+    tokens: dict[str, list[int]] = {name: [] for name in contenders}
+    runs = {
+        name: partial(count, side, tokens[name], case.prompts, case.samples, case.stop_tokens)
+        for name, (side, case) in contenders.items()
+    }
+    timings = common.time_all(runs, rounds=args.rounds, warmups=1, budget=args.budget)
+    found: dict[str, dict[str, Any]] = {}
+    for name, timing in timings.items():
+        counts = tokens[name][1:]  # the first is the warm-up
+        best = {c: max(n / s for n, s in zip(counts, timing.of(c), strict=True)) for c in ("cpu", "wall")}
+        found[name] = {**best, "tokens": counts}
+    return found
+
+
+def compare(cases: list[Case], sides: dict[str, Side], args: argparse.Namespace) -> common.Table:
+    """A row a case."""
+    rows = []
+    for case in cases:
+        found = speeds({name: (side, case) for name, side in sides.items()}, args)
+        row: dict[str, Any] = {
+            "case": case.name,
+            "batch": len(case.prompts),
+            "prompt_tokens": sum(map(len, case.prompts)),
+        }
+        for name, speed in found.items():
+            row |= {f"{name}_{key}": value for key, value in speed.items()}
+        for clock in ("cpu", "wall"):
+            row[f"ratio_{clock}"] = row[f"{OURS}_{clock}"] / row[f"{TRANSFORMERS}_{clock}"]
+        row["ratio"] = row[f"ratio_{args.clock}"]
+        rows.append(row)
+    columns = {"case": "case", "batch": "responses"}
+    for clock in ("cpu", "wall"):
+        columns |= {f"{name}_{clock}": f"{name}, tokens/s ({clock})" for name in sides}
+        columns[f"ratio_{clock}"] = f"{OURS} ÷ {TRANSFORMERS} ({clock})"
+    title = f"Rollout, up to {args.new_tokens} tokens to prompts of {args.prompt_lengths} tokens, fp32"
+    return common.Table("rollout", title, columns, rows)
+
+
+def take_apart(cases: list[Case], sides: dict[str, Side], student: Any, args: argparse.Namespace) -> common.Table:
+    """The engine without one of its measures at a time, and Megatron's loop without one of its drawbacks."""
+    from rollout_ablations import ABLATIONS
+
+    from megatron_taopd.rollout.megatron.module_state import ready_for_inference
+
+    engine, loop = sides[OURS], sides[MEGATRON]
+    rows = []
+    for case in cases:
+        contenders = {OURS: (engine, case)}
+        for name, block in ABLATIONS.get(case.name, {}).items():
+            contenders[f"{OURS}, but {name}"] = (within(block, engine), case)
+        if case.samples > 1:
+            apart = [[i, *prompt[1:]] for i, prompt in enumerate(case.prompts)]
+            contenders[f"{OURS}, but every prompt is another"] = (engine, replace(case, prompts=apart))
+        contenders[MEGATRON] = (loop, case)
+        if case.name == "full length":
+            mean = sum(map(len, case.prompts)) // len(case.prompts)
+            long = max(case.prompts, key=len)
+            alike = replace(case, prompts=[long[:mean]] * len(case.prompts))
+            lent = partial(ready_for_inference, torch.nn.ModuleList(student.modules))
+            contenders[f"{MEGATRON}, prompts of one length"] = (loop, alike)
+            contenders[f"{MEGATRON}, prompts of one length, our linear layers"] = (within(lent, loop), alike)
+        found = speeds(contenders, args)
+        fastest = found[OURS][args.clock]
+        rows += [
+            {"case": case.name, "who": name, "speed": speed[args.clock], "ratio": speed[args.clock] / fastest, **speed}
+            for name, speed in found.items()
+        ]
+    columns = {"case": "case", "who": "who", "speed": f"tokens/s ({args.clock})", "ratio": f"÷ {OURS}"}
+    return common.Table("rollout/parts", "Rollout: what each measure is worth", columns, rows)
+
+
+def within(block: Callable[[], AbstractContextManager[Any]], side: Side) -> Side:
+    def run(*case: Any) -> Responses:
+        with block():
+            return side(*case)
 
     return run
 
 
-def count(generate: Side, done: list[int], *case: Any) -> None:
-    """Generate once more and note how many tokens there were."""
-    done.append(generate(*case, len(done)))
-
-
-def compare(path: Path, args: argparse.Namespace) -> list[dict[str, Any]]:
-    """A row a case: tokens a second of both, of the round with the most."""
-    engine, vocab_size = ours(path, args)
-    sides = {"ours": engine, "transformers": theirs(path, args)}
+def profiled(case: Case, sides: dict[str, Side], args: argparse.Namespace) -> common.Table:
     rows = []
-    for name in args.cases:
-        samples, one_in = CASES[name]
-        stop_tokens = tuple(range(7, vocab_size, one_in)) if one_in else ()
-        prompts = make_prompts(args, samples, vocab_size)
-        tokens: dict[str, list[int]] = {side: [] for side in sides}
-        contenders = {
-            side: partial(count, generate, tokens[side], prompts, samples, stop_tokens)
-            for side, generate in sides.items()
-        }
-        timings = common.time_all(contenders, rounds=args.rounds, warmups=1, budget=args.budget)
-        row: dict[str, Any] = {"case": name, "batch": len(prompts), "prompt_tokens": sum(map(len, prompts))}
-        for side, timing in timings.items():
-            counts = tokens[side][1:]  # the first is the warm-up
-            row[f"{side}_tokens"] = counts
-            for clock in ("cpu", "wall"):
-                row[f"{side}_{clock}"] = max(n / s for n, s in zip(counts, timing.of(clock), strict=True))
-        for clock in ("cpu", "wall"):
-            row[f"ratio_{clock}"] = row[f"ours_{clock}"] / row[f"transformers_{clock}"]
-        rows.append(row)
-    return rows
+    for name, side in sides.items():
+        seconds = seconds_by_kind(partial(side, case.prompts, case.samples, case.stop_tokens, 0))
+        rows.append(shares_row({"who": name}, seconds))
+    return shares_table("rollout/profile", f"Rollout: profile of the case {case.name}", {"who": "who"}, rows)
 
 
 def main() -> None:
@@ -166,16 +194,17 @@ def main() -> None:
         if path is None:
             path = Path(aside)
             write_random_model(path)
-        rows = compare(path, args)
-    columns = {"case": "case", "batch": "responses"}
-    for clock in ("cpu", "wall"):
-        columns |= {
-            f"ours_{clock}": f"ours, tokens/s ({clock})",
-            f"transformers_{clock}": f"transformers ({clock})",
-            f"ratio_{clock}": f"ratio ({clock})",
+        student = load_student(path)
+        sides = {
+            OURS: ours(student, args.new_tokens),
+            TRANSFORMERS: transformers_generate(path, args.new_tokens),
+            MEGATRON: megatron_loop(student, args.new_tokens),
         }
-    title = f"Rollout, up to {args.new_tokens} tokens to prompts of {args.prompt_lengths} tokens, fp32"
-    common.finish([common.Table("rollout", title, columns, rows)], args)
+        cases = [make_case(name, args, student.hf.vocab_size) for name in args.cases]
+        tables = [compare(cases, sides, args)]
+        if not args.no_parts:
+            tables += [take_apart(cases, sides, student, args), profiled(cases[0], sides, args)]
+    common.finish(tables, args)
 
 
 if __name__ == "__main__":

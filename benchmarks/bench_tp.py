@@ -1,4 +1,4 @@
-"""Tensor parallelism over gloo: bytes on the wire a position, by caller, beside the formula; and time.
+"""Tensor parallelism over gloo: bytes on the wire a position, by quantity, beside the formula; and time.
 
 python benchmarks/bench_tp.py --shapes 512,256,512,8192 512,256,512,32768 --ranks 1 2 4
 """
@@ -19,13 +19,19 @@ from wire import Wire
 from megatron_taopd.losses import LossConfig, distillation_loss
 from megatron_taopd.ops import HeadShard, gather_rows
 from megatron_taopd.teachability import token_statistics
-from megatron_taopd.teachability.statistics import bytes_per_row
+from megatron_taopd.teachability.softmax_sums import NUM_SUMS
 from megatron_taopd.testing import WorkerPool
 
 SHAPES = ("512,256,512,8192", "512,256,512,32768")
 FLOAT, DOUBLE = 4, 8
 LOSS_SUMS = 5
 """Of a full-vocabulary KL a kept row: both models' maximum and mass, and one expectation."""
+SCORED = {"candidates": lambda k: 6 * k, "sums": lambda k: NUM_SUMS, "token": lambda k: 2}
+"""fp32 numbers of a scored row from every other rank. A candidate is a logit, an id and the other model's logit, K of
+either model; the sums are both models' softmax sums; the token's are its logits."""
+STATES, GRADIENTS, SUMS = "hidden states", "their gradients", "sums"
+QUANTITIES = {"ops.rows._collect": STATES, "ops.rows.backward": GRADIENTS, "losses.fused._normalise": SUMS}
+"""What a caller of a collective moves; the one of scoring moves all of :data:`SCORED` at once."""
 
 
 def shards(problem: Problem, rank: int, ranks: int) -> tuple[HeadShard, HeadShard]:
@@ -38,12 +44,57 @@ def shards(problem: Problem, rank: int, ranks: int) -> tuple[HeadShard, HeadShar
     return HeadShard(student, own.start, vocab, group), HeadShard(teacher, own.start, vocab, group)
 
 
-def score(problem: Problem, heads: tuple[HeadShard, HeadShard], k: int, chunk_bytes: int) -> None:
-    """Statistics of every row."""
-    hidden = problem.student_hidden_TH.detach()
-    token_statistics(
-        hidden, problem.teacher_hidden_TH, problem.token_ids_T, *heads, k=k, logits_chunk_bytes=chunk_bytes
+def formula(phase: str, shape: Shape, ranks: int, k: int) -> dict[str, float]:
+    """Bytes that a rank receives a position, by quantity, as in docs/performance.md. Rows are spread evenly."""
+    from_others = (ranks - 1) / ranks * FLOAT
+    student = from_others * shape.student_hidden
+    if phase.startswith("scoring"):
+        expected = {name: (ranks - 1) * FLOAT * float(numbers(k)) for name, numbers in SCORED.items()}
+        states = student + from_others * shape.teacher_hidden
+    else:
+        expected = {SUMS: float((ranks - 1) * LOSS_SUMS * DOUBLE)}
+        # All-reduced to all ranks, or sent to the rank whose rows they are.
+        expected[GRADIENTS] = student if "sequence parallel" in phase else 2 * student
+        states = student
+    if "sequence parallel" in phase:
+        expected[STATES] = states
+    return expected
+
+
+def by_quantity(received: dict[str, float], k: int) -> dict[str, float]:
+    """Counted bytes of callers as those of quantities; a caller that is not known keeps its name."""
+    found: dict[str, float] = {}
+    numbers = {name: count(k) for name, count in SCORED.items()}
+    for caller, size in received.items():
+        if caller.startswith("teachability.reading."):
+            parts = {name: size * count / sum(numbers.values()) for name, count in numbers.items()}
+        else:
+            parts = {QUANTITIES.get(caller.split(" ")[0], caller): size}
+        for name, part in parts.items():
+            found[name] = found.get(name, 0.0) + part
+    return found
+
+
+def rows_of(
+    hidden_TH: torch.Tensor, rows_R: torch.Tensor, group: torch.distributed.ProcessGroup, sequence_parallel: bool
+) -> torch.Tensor:
+    """Rows of hidden states, which every rank has whole, or under sequence parallelism a slice of the sequence each."""
+    if sequence_parallel:
+        hidden_TH = hidden_TH.tensor_split(group.size())[group.rank()]
+    return gather_rows(hidden_TH[:, None], rows_R, group=group, sequence_parallel=sequence_parallel)
+
+
+def score(
+    problem: Problem, heads: tuple[HeadShard, HeadShard], k: int, chunk_bytes: int, sequence_parallel: bool
+) -> None:
+    """Statistics of every row, from the gathering of the rows on."""
+    group = heads[0].group
+    rows_R = torch.arange(len(problem.token_ids_T))
+    student, teacher = (
+        rows_of(hidden_TH, rows_R, group, sequence_parallel)
+        for hidden_TH in (problem.student_hidden_TH.detach(), problem.teacher_hidden_TH)
     )
+    token_statistics(student, teacher, problem.token_ids_T, *heads, k=k, logits_chunk_bytes=chunk_bytes)
 
 
 def train(
@@ -56,12 +107,8 @@ def train(
     loss: str,
 ) -> None:
     """Loss and gradient on the kept rows, from the gathering of the rows on."""
-    group = heads[0].group
     rows_R = given_rows(len(problem.token_ids_T), ratio)
-    hidden_TH = problem.student_hidden_TH
-    if sequence_parallel:
-        hidden_TH = hidden_TH.tensor_split(group.size())[group.rank()]
-    hidden = gather_rows(hidden_TH[:, None], rows_R, group=group, sequence_parallel=sequence_parallel)
+    hidden = rows_of(problem.student_hidden_TH, rows_R, heads[0].group, sequence_parallel)
     total, _ = distillation_loss(
         hidden,
         problem.teacher_hidden_TH[rows_R],
@@ -78,7 +125,7 @@ def train(
 
 
 def measure_rank(shape: Shape, settings: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """On every rank: traffic and seconds of both phases."""
+    """On every rank: traffic and seconds of all phases, and if wanted their peak of memory."""
     rank, ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
     problem = make_problem(shape)
     heads = shards(problem, rank, ranks)
@@ -87,12 +134,14 @@ def measure_rank(shape: Shape, settings: dict[str, Any]) -> dict[str, dict[str, 
     scoring = partial(score, problem, heads, k, chunk_bytes)
     training = partial(train, problem, heads, k, chunk_bytes, settings["ratio"])
     phases = {
-        "scoring": scoring,
+        "scoring": partial(scoring, False),
+        "scoring, sequence parallel": partial(scoring, True),
         "loss + gradient": partial(training, False, settings["loss"]),
         "loss + gradient, sequence parallel": partial(training, True, settings["loss"]),
     }
     result = {}
-    for name, run in phases.items():
+    for name in settings.get("phases", phases):
+        run = phases[name]
         wire = Wire()
         with wire.counting():
             run()
@@ -104,6 +153,8 @@ def measure_rank(shape: Shape, settings: dict[str, Any]) -> dict[str, dict[str, 
             cpu.append(time.process_time() - cpu_0)
             wall.append(time.perf_counter() - wall_0)
         result[name] = {"received": dict(wire.received), "calls": dict(wire.calls), "wall": wall, "cpu": cpu}
+        if settings.get("memory"):
+            result[name]["memory"] = common.peak_memory(run, warmups=0)
     return result
 
 
@@ -119,16 +170,10 @@ def measure(shape: Shape, ranks: int, args: argparse.Namespace) -> list[dict[str
     with WorkerPool(ranks) as pool:
         answers = pool.run(measure_rank, shape, settings)
     kept = len(given_rows(shape.tokens, args.keep_ratio))
-    from_others = (ranks - 1) / ranks * FLOAT * shape.student_hidden  # the kept rows are spread evenly
-    sums = (ranks - 1) * LOSS_SUMS * DOUBLE
-    formula = {
-        "scoring": bytes_per_row(args.support_k, ranks),
-        "loss + gradient": sums + 2 * from_others,
-        "loss + gradient, sequence parallel": sums + 3 * from_others,
-    }
     rows = []
     for phase in answers[0]:
-        positions = shape.tokens if phase == "scoring" else kept
+        positions = shape.tokens if phase.startswith("scoring") else kept
+        expected = sum(formula(phase, shape, ranks, args.support_k).values())
         received = answers[0][phase]["received"]
         # Rank by rank the rounds run side by side: a round takes as long as its slowest rank.
         rounds = zip(*(answer[phase][args.clock] for answer in answers), strict=True)
@@ -138,11 +183,15 @@ def measure(shape: Shape, ranks: int, args: argparse.Namespace) -> list[dict[str
                 "shape": str(shape),
                 "ranks": ranks,
                 "phase": phase,
+                "k": args.support_k,
                 "counted": counted,
-                "formula": float(formula[phase]),
-                "ratio": counted / formula[phase] if formula[phase] else None,
+                "formula": expected,
+                "ratio": counted / expected if expected else None,
                 "vocab": shape.vocab,
-                "by_caller": ", ".join(f"{name}: {size / positions:,.4g}" for name, size in sorted(received.items())),
+                "by_quantity": ", ".join(
+                    f"{name} {size / positions:,.4g}" for name, size in by_quantity(received, args.support_k).items()
+                ),
+                "by_caller": {name: size / positions for name, size in received.items()},
                 "calls": answers[0][phase]["calls"],
                 "best": min(max(seconds) for seconds in rounds),
             }
@@ -176,15 +225,13 @@ def main() -> None:
                     "formula": "formula",
                     "ratio": "÷ formula",
                     "best": "s (best)",
-                    "by_caller": "bytes by caller",
+                    "by_quantity": "bytes by quantity",
                 },
                 rows=rows,
                 notes=[
                     f"Bytes that a rank receives: a scored position, or a kept one (ρ = {args.keep_ratio:g}, "
-                    f"{args.loss}). The formula of scoring is `teachability.statistics.bytes_per_row`; that of the "
-                    f"loss is {LOSS_SUMS} sums from every other rank ({LOSS_SUMS * DOUBLE} bytes), the gradient of the "
-                    "kept hidden states, 2 (P - 1) / P × 4 H bytes, and under sequence parallelism (P - 1) / P × 4 H "
-                    f"for the states themselves. {args.clock} time of the slowest rank, one thread a rank."
+                    f"{args.loss}). The formulas are those of docs/performance.md, with kept rows spread evenly over "
+                    f"the ranks. {args.clock} time of the slowest rank, one thread a rank."
                 ],
             )
         )

@@ -10,7 +10,6 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
 from common import Table
 from torch.profiler import ProfilerActivity, profile
 
@@ -19,7 +18,18 @@ KINDS: dict[str, tuple[str, ...]] = {
     "attention": ("scaled_dot_product", "_scaled_dot_product", "_flash_attention"),
     "exp, softmax": ("exp", "log", "softmax", "log_softmax", "_softmax", "_log_softmax", "logsumexp", "softplus"),
     "subtract, multiply, add": ("sub", "mul", "add", "addcmul", "div", "neg", "rsub", "silu", "pow"),
-    "reductions": ("sum", "amax", "max", "mean", "linalg_vecdot", "vecdot", "all", "any", "rms_norm", "_fused_rms_norm"),
+    "reductions": (
+        "sum",
+        "amax",
+        "max",
+        "mean",
+        "linalg_vecdot",
+        "vecdot",
+        "all",
+        "any",
+        "rms_norm",
+        "_fused_rms_norm",
+    ),
     "candidates, sampling": (
         *("topk", "sort", "nonzero", "ge", "gt", "le", "lt", "eq", "index_select", "gather", "bincount", "cumsum"),
         *("where", "index_put", "_index_put_impl", "index", "multinomial", "exponential", "argmax", "isin", "maximum"),
@@ -77,4 +87,3 @@ def shares_table(name: str, title: str, first: dict[str, str], rows: Sequence[di
     columns = {**first, "seconds": "s, profiled", **{kind: f"{kind}, %" for kind in seen}}
     notes = ["Time spent in an operation itself, as torch.profiler counts it; the profiler slows Python down."]
     return Table(name=name, title=title, columns=columns, rows=list(rows), notes=notes)
-

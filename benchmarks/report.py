@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
+MOST_BYTES = 300_000
 
 
 def markdown(tables: Sequence[dict[str, Any]], heading: str = "###") -> str:
@@ -66,16 +67,38 @@ def put_into(path: Path, text: str) -> None:
     path.write_text(f"{before}{BEGIN}\n\n{text}\n{END}{after}", encoding="utf-8")
 
 
+def compact(tables: Sequence[dict[str, Any]]) -> str:
+    """The tables as JSON; where that is long, without the samples, which no column shows."""
+    text = _json(tables)
+    if len(text) <= MOST_BYTES:
+        return text
+    return _json([{**t, "rows": [{key: row.get(key) for key in t["columns"]} for row in t["rows"]]} for t in tables])
+
+
+def _json(tables: Sequence[dict[str, Any]]) -> str:
+    """A line a row."""
+    parts = []
+    for table in tables:
+        rows = ",\n".join(json.dumps(row, ensure_ascii=False) for row in table["rows"])
+        rest = json.dumps({key: value for key, value in table.items() if key != "rows"}, ensure_ascii=False)
+        parts.append(f'{rest[:-1]}, "rows": [\n{rows}\n]}}')
+    return "[\n" + ",\n".join(parts) + "\n]\n"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", type=Path, help="JSON written by run.py or by one benchmark")
-    parser.add_argument("--docs", type=Path, default=None, help="document whose results section is replaced")
+    parser.add_argument(
+        "--docs", type=Path, default=None, help="document whose results section is replaced; the JSON goes beside it"
+    )
     args = parser.parse_args()
-    text = markdown(json.loads(args.results.read_text(encoding="utf-8")))
+    tables = json.loads(args.results.read_text(encoding="utf-8"))
+    text = markdown(tables)
     if args.docs is None:
         print(text)
     else:
         put_into(args.docs, text)
+        args.docs.with_suffix(".json").write_text(compact(tables), encoding="utf-8")
 
 
 if __name__ == "__main__":

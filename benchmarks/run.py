@@ -1,9 +1,10 @@
 """All benchmarks, one process after the other, and the table of targets.
 
     python benchmarks/run.py --short    under ten minutes on two cores
-    python benchmarks/run.py --full     the shapes of docs/benchmarks.md; about an hour on two cores
+    python benchmarks/run.py --full     the shapes of docs/benchmarks.md; about 45 minutes on two cores
 
-Writes results.md and results.json; what is there of an earlier run is replaced, benchmark by benchmark.
+Writes results.md and results.json after each benchmark; what is there of an earlier run is replaced, benchmark by
+benchmark. Seconds of each stand in the table "Duration".
 """
 
 from __future__ import annotations
@@ -31,41 +32,55 @@ class Job(NamedTuple):
     script: str
     short: str
     full: str
+    minutes: tuple[float, float] = (1.0, 1.0)
+    """Of the short and the full form on two cores that do nothing else, about."""
 
 
 JOBS = {
     "score": Job(
         "bench_score.py",
         "--shapes 512,512,1024,32768 512,576,576,49152 --rounds 3 --floor-rows 128 512",
-        "--rounds 3",
+        "--rounds 3 --floor-rows 256 512 1024",
+        (1.0, 8.0),
     ),
     "loss": Job(
         "bench_loss.py",
         "--shapes 256,512,1024,32768 --rounds 2 --logits-chunk-bytes 8388608 "
-        "--only 'ours, ρ = 1' 'ρ = 0.05' TRL 'Liger compiled, our'",
+        "--only 'ours, ρ = 1' 'ρ = 0.05' TRL 'Liger compiled, our' 'two products'",
         "--rounds 2",
+        (2.0, 15.0),
     ),
+    "profile": Job("bench_profile.py", "--shapes 256,512,1024,32768", "", (0.3, 1.0)),
     "tp": Job(
-        "bench_tp.py", "--shapes 256,128,256,8192 256,128,256,16384 --ranks 1 2 4 --rounds 2", "--support-k 8 16"
+        "bench_tp.py",
+        "--shapes 256,128,256,8192 256,128,256,16384 --ranks 1 2 4 --rounds 2",
+        "--support-k 8 16 --rounds 2",
+        (1.0, 2.0),
     ),
     "growth": Job(
         "bench_growth.py",
-        "--base 256,64,128,16384 --factors 1 2 4 --ranks 1 2 --rounds 2",
-        "--rounds 3",
+        "--base 256,64,128,16384 --factors 1 2 4 --ranks 1 2 --rounds 1",
+        "--factors 1 2 4 --rounds 2",
+        (1.0, 3.0),
     ),
     "step": Job(
         "bench_step.py",
         "--processes 1 --batch 4 --response-length 32 --steps 1 --rounds 1",
-        "--processes 1 2 --batch 8 --response-length 64 --steps 2 --rounds 1",
+        "--processes 1 2 --batch 8 --response-length 48 --steps 2 --rounds 1",
+        (2.5, 8.0),
     ),
-    "carried": Job("bench_carried.py", "--batch 4 --response-length 16 --steps 2", ""),
+    "carried": Job(
+        "bench_carried.py", "--batch 4 --response-length 16 --steps 2", "--response-length 32 --steps 6", (1.0, 3.0)
+    ),
     "rollout": Job(
         "bench_rollout.py",
-        "--batch 4 --new-tokens 16 --rounds 1",
-        "--batch 16 --new-tokens 48 --rounds 3",
+        "--batch 4 --new-tokens 8 --rounds 1",
+        "--batch 16 --new-tokens 32 --rounds 2",
+        (0.7, 4.0),
     ),
-    "convert": Job("bench_convert.py", "--gigabytes 0.6", "--gigabytes 2"),
+    "convert": Job("bench_convert.py", "--gigabytes 0.6", "--gigabytes 2", (0.3, 1.0)),
 }
+DURATION = "duration"
 
 
 def run_job(name: str, words: list[str], out: Path) -> list[common.Table] | str:
@@ -87,6 +102,34 @@ def command(name: str, words: list[str]) -> str:
     return shlex.join(["python", f"benchmarks/{JOBS[name].script}", *words])
 
 
+def earlier_tables(out: Path) -> list[common.Table]:
+    """What an earlier run has left."""
+    results = out / "results.json"
+    found = json.loads(results.read_text(encoding="utf-8")) if results.exists() else []
+    return [common.Table(**table) for table in found if table["name"] != "targets"]
+
+
+def with_answer(
+    tables: list[common.Table], name: str, answer: list[common.Table], seconds: float
+) -> list[common.Table]:
+    """The tables with those of one benchmark replaced, and its seconds in the last of them."""
+    known = {row["benchmark"]: row["seconds"] for table in tables if table.name == DURATION for row in table.rows[:-1]}
+    known[name] = seconds
+    rows = [{"benchmark": name, "seconds": known[name]} for name in JOBS if name in known]
+    rows.append({"benchmark": "in all", "seconds": sum(known.values())})
+    duration = common.Table(DURATION, "Duration", {"benchmark": "benchmark", "seconds": "s"}, rows)
+    return [table for table in tables if table.name.split("/")[0] not in (name, DURATION)] + [*answer, duration]
+
+
+def write(tables: list[common.Table], out: Path) -> str:
+    """Targets and all tables to results.json and results.md, whose text is returned."""
+    data = [asdict(table) for table in [targets_table(tables), *tables]]
+    (out / "results.json").write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+    text = markdown(data)
+    (out / "results.md").write_text(text, encoding="utf-8")
+    return text
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     length = parser.add_mutually_exclusive_group(required=True)
@@ -100,29 +143,29 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
 
     failed = {}
-    results = args.out / "results.json"
-    earlier = json.loads(results.read_text(encoding="utf-8")) if results.exists() else []
-    tables = [common.Table(**table) for table in earlier if table["name"] != "targets"]
-    for name in args.only:
+    tables = earlier_tables(args.out)
+    minutes = {name: JOBS[name].minutes[not args.short] for name in args.only}
+    print(f"== about {sum(minutes.values()):.0f} minutes on two cores that do nothing else", flush=True)
+    for number, name in enumerate(args.only):
         words = shlex.split(JOBS[name].short if args.short else JOBS[name].full)
         if name in ("step", "carried") and args.models is not None:
             words += ["--models", str(args.models)]
         if args.threads is not None and name != "convert":  # which is about files
             words += ["--threads", str(args.threads)]
+        left = sum(minutes[later] for later in args.only[number:])
+        print(f"== {number + 1} of {len(args.only)}, about {minutes[name]:.1f} of {left:.0f} minutes left", flush=True)
         print(f"== {command(name, words)}", flush=True)
         started = time.perf_counter()
         answer = run_job(name, words, args.out)
-        print(f"== {time.perf_counter() - started:.0f} s", flush=True)
+        seconds = time.perf_counter() - started
+        print(f"== {seconds:.0f} s", flush=True)
         if isinstance(answer, str):
             failed[name] = answer
             print(answer, file=sys.stderr, flush=True)
             continue
-        tables = [table for table in tables if table.name.split("/")[0] != name] + answer
-    data = [asdict(table) for table in [targets_table(tables), *tables]]
-    results.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
-    text = markdown(data)
-    (args.out / "results.md").write_text(text, encoding="utf-8")
-    print(text)
+        tables = with_answer(tables, name, answer, seconds)
+        write(tables, args.out)
+    print(write(tables, args.out))
     if failed:
         raise SystemExit(f"failed: {', '.join(failed)}; what they said is above")
 

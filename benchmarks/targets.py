@@ -9,7 +9,7 @@ from common import Table
 
 def targets_table(tables: Sequence[Table]) -> Table:
     """A line a target and shape; a target that nothing measured has no line."""
-    rows = [row for find in (_score, _loss, _growth, _wire, _step) for table in tables for row in find(table)]
+    rows = [row for find in (_score, _loss, _growth, _wire, _step, _rollout) for table in tables for row in find(table)]
     return Table(
         name="targets",
         title="Targets",
@@ -62,10 +62,11 @@ def _loss(table: Table) -> Iterator[dict]:
 def _growth(table: Table) -> Iterator[dict]:
     if table.name != "growth":
         return
-    for row in table.rows:
-        if row["axis"] == "T":
-            share = row["memory_per_unit"] / row["logits_per_unit"]
-            yield _row(f"{row['phase']}: bytes a position ÷ those of both logits", _shape(table), share, at_most=0.02)
+    lines = {(row["phase"], row["axis"]): row["memory_per_unit"] for row in table.rows}
+    for (phase, axis), bytes_a_position in lines.items():
+        if axis == "T at 2 V" and (phase, "T") in lines:
+            value = bytes_a_position / lines[phase, "T"]
+            yield _row(f"{phase}: bytes a position, 2 V ÷ V", _shape(table), value, at_least=0.95, at_most=1.05)
 
 
 def _wire(table: Table) -> Iterator[dict]:
@@ -74,7 +75,8 @@ def _wire(table: Table) -> Iterator[dict]:
     for row in table.rows:
         if row["ranks"] == 2:
             target = f"{row['phase']}: bytes on the wire ÷ formula, TP 2"
-            yield _row(target, row["shape"], row["ratio"], at_least=0.9, at_most=1.1)
+            where = f"{row['shape']}, K {row['k']}"
+            yield _row(target, where, row["ratio"], at_least=0.9, at_most=1.1)
 
 
 def _step(table: Table) -> Iterator[dict]:
@@ -84,3 +86,11 @@ def _step(table: Table) -> Iterator[dict]:
         if row["contender"].startswith("ours") and row["ratio"] is not None:
             where = f"{row['processes']} process(es)"
             yield _row(f"whole step, tokens/s ÷ faster TRL: {row['contender']}", where, row["ratio"], at_least=1.5)
+
+
+def _rollout(table: Table) -> Iterator[dict]:
+    if table.name != "rollout":
+        return
+    for row in table.rows:
+        where = f"{row['case']}, {row['batch']} responses"
+        yield _row("rollout, tokens/s ÷ transformers' generate", where, row["ratio"], at_least=1.0)

@@ -1,7 +1,8 @@
 """Bytes that collectives bring to a rank, counted where they are called.
 
 A ring moves the least there is, and the counts assume one: an all-gather brings every other rank's tensor, an
-all-reduce 2 (P - 1) / P of its tensor, a reduce-scatter (P - 1) of its output, a broadcast the tensor once.
+all-reduce 2 (P - 1) / P of its tensor, a reduce-scatter (P - 1) of its output, a broadcast the tensor once, and an
+all-to-all of equal parts every other rank's part of the output.
 """
 
 from __future__ import annotations
@@ -38,6 +39,10 @@ def _reduce_scatter_tensor(ranks: int, output: torch.Tensor, tensor: torch.Tenso
     return (ranks - 1) * _size(output)
 
 
+def _all_to_all_single(ranks: int, output: torch.Tensor, tensor: torch.Tensor, *_: Any, **__: Any) -> float:
+    return (ranks - 1) / ranks * _size(output)
+
+
 def _broadcast(ranks: int, tensor: torch.Tensor, *_: Any, **__: Any) -> float:
     return float(_size(tensor))
 
@@ -47,9 +52,10 @@ _COUNTED: dict[str, Callable[..., float]] = {
     "all_gather": _all_gather,
     "all_gather_into_tensor": _all_gather_into_tensor,
     "reduce_scatter_tensor": _reduce_scatter_tensor,
+    "all_to_all_single": _all_to_all_single,
     "broadcast": _broadcast,
 }
-_REFUSED = ("reduce_scatter", "all_to_all", "all_to_all_single", "gather", "scatter", "reduce", "send", "recv")
+_REFUSED = ("reduce_scatter", "all_to_all", "gather", "scatter", "reduce", "send", "recv")
 
 
 class Wire:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import math
 from functools import partial
 from pathlib import Path
 
 import bench_loss
 import bench_score
+import bench_tp
 import common
 import contenders
 import pytest
@@ -18,6 +20,7 @@ import wire
 from problem import Shape, make_problem
 
 from megatron_taopd.teachability import SelectionConfig, select, token_statistics
+from megatron_taopd.teachability.statistics import bytes_per_row
 
 SHAPE = Shape(tokens=96, student_hidden=16, teacher_hidden=24, vocab=300)
 CHUNK_BYTES = 20 * 4 * SHAPE.vocab
@@ -50,10 +53,11 @@ def collectives() -> tuple[dict[str, float], str]:
     traffic = wire.Wire()
     with traffic.counting():
         torch.distributed.all_reduce(torch.zeros(10))
+        torch.distributed.all_to_all_single(torch.zeros(4), torch.zeros(4))
         parts = [torch.zeros(3, dtype=torch.float64) for _ in range(2)]
         torch.distributed.all_gather(parts, torch.zeros(3, dtype=torch.float64))
         try:
-            torch.distributed.all_to_all_single(torch.zeros(2), torch.zeros(2))
+            torch.distributed.reduce_scatter(torch.zeros(1), [torch.zeros(1), torch.zeros(1)])
         except NotImplementedError as error:
             refusal = str(error)
     torch.distributed.all_reduce(torch.zeros(10))  # not counted any more
@@ -63,8 +67,12 @@ def collectives() -> tuple[dict[str, float], str]:
 def test_received_bytes_of_known_collectives(pool):
     for received, refusal in pool(2).run(collectives):
         # A ring brings 2 (P - 1) / P of an all-reduced tensor, and every other rank's part of a gathered one.
-        assert received == {"elsewhere (all_reduce)": 40.0, "elsewhere (all_gather)": 24.0}
-        assert "all_to_all_single" in refusal
+        assert received == {
+            "elsewhere (all_reduce)": 40.0,
+            "elsewhere (all_to_all_single)": 8.0,
+            "elsewhere (all_gather)": 24.0,
+        }
+        assert "torch.distributed.reduce_scatter was called" in refusal
 
 
 @pytest.mark.parametrize("kl", ["reverse", "forward"])
@@ -134,8 +142,15 @@ def test_targets_are_met_or_not():
         [
             table("score/1", [{"ratio_same_chunk": 1.1, "ratio_best_floor": 1.2}]),
             table("step", [{"contender": "ours", "processes": 1, "ratio": 1.4}, {"contender": "TRL", "ratio": 1.0}]),
-            table("tp/k16", [{"ranks": 2, "phase": "scoring", "shape": "x", "ratio": 0.95}, {"ranks": 4}]),
-            table("growth", [{"phase": "p", "axis": "T", "memory_per_unit": 300.0, "logits_per_unit": 1000.0}]),
+            table("tp/k16", [{"ranks": 2, "phase": "scoring", "shape": "x", "k": 16, "ratio": 0.95}, {"ranks": 4}]),
+            table(
+                "growth",
+                [
+                    {"phase": "p", "axis": "T", "memory_per_unit": 300.0},
+                    {"phase": "p", "axis": "T at 2 V", "memory_per_unit": 360.0},
+                ],
+            ),
+            table("rollout", [{"case": "c", "batch": 4, "ratio": 1.0}]),
             table(
                 "loss/1",
                 [
@@ -151,10 +166,17 @@ def test_targets_are_met_or_not():
         (1.2, False),
         (0.5, False),
         (0.6, True),
-        (0.3, False),
+        (1.2, False),
         (0.95, True),
         (1.4, False),
+        (1.0, True),
     ]
+    assert rows[5]["where"] == "x, K 16"
+
+
+def test_the_formula_of_scoring_is_that_of_the_statistics():
+    for k, ranks in ((8, 2), (16, 4)):
+        assert sum(bench_tp.formula("scoring", SHAPE, ranks, k).values()) == bytes_per_row(k, ranks)
 
 
 def test_results_go_between_the_marks_of_a_document(tmp_path: Path):
@@ -177,3 +199,11 @@ def test_results_go_between_the_marks_of_a_document(tmp_path: Path):
     document.write_text("no marks")
     with pytest.raises(SystemExit, match="needs the marks"):
         report.put_into(document, "x")
+
+
+def test_the_committed_json_is_compact():
+    rows = [{"name": "a", "value": 1.5, "samples": [0.1] * 10}]
+    short = [{"title": "A title", "columns": {"name": "name", "value": "value"}, "rows": rows}]
+    assert json.loads(report.compact(short)) == short
+    long = [{**short[0], "rows": rows * 10_000}]
+    assert json.loads(report.compact(long))[0]["rows"][0] == {"name": "a", "value": 1.5}

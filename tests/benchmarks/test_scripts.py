@@ -100,15 +100,38 @@ def test_tensor_parallel_traffic_is_that_of_the_formula(tmp_path: Path):
         else:
             assert row["ratio"] == pytest.approx(1.0, abs=0.1), row
             assert row["counted"] == rows[400, ranks, phase]["counted"], f"grows with the vocabulary {vocab}"
+            # Every caller is known as a quantity.
+            assert "(" not in row["by_quantity"], row
+    scoring = rows[400, 2, "scoring"]
+    assert scoring["by_quantity"] == "candidates 384, sums 32, token 8" and scoring["counted"] == 424
+    # Rows of both models' hidden states, half of them from the other rank.
+    assert rows[400, 2, "scoring, sequence parallel"]["counted"] == 424 + (16 + 24) * 4 / 2
 
 
 def test_growth(tmp_path: Path):
-    words = ["--base", "64,16,24,2000", "--factors", "1", "4", "--axes", "T", "--ranks", "1", "2", *TINY_CHUNK]
+    words = [
+        "--base",
+        "64,16,24,2000",
+        "--factors",
+        "1",
+        "4",
+        "--axes",
+        "T",
+        "T at 2 V",
+        "--ranks",
+        "1",
+        "2",
+        *TINY_CHUNK,
+    ]
     table, ranks = script("bench_growth.py", *words, out=tmp_path / "growth.json")
-    for row in table["rows"]:
-        if row["axis"] == "T":
-            assert row["memory_per_unit"] < 0.1 * row["logits_per_unit"]
+    assert [(row["phase"].split()[0], row["axis"]) for row in table["rows"]] == [
+        *(("scoring", "T"), ("scoring", "T at 2 V"), ("loss", "T"), ("loss", "T at 2 V"))
+    ]
+    # Chunks of few rows: the peak of scoring has a candidate more or less. That of the loss has none.
+    scoring, loss = (row["value"] for row in targets_table([common.Table(**table)]).rows)
+    assert scoring == pytest.approx(1, abs=0.3) and loss == pytest.approx(1, abs=1e-6)
     assert [row["phase"] for row in ranks["rows"]] == ["scoring", "loss + gradient"]
+    assert all(abs(row["memory_slope"]) < 1.5 for row in ranks["rows"])
 
 
 @pytest.fixture
@@ -147,6 +170,25 @@ def test_stop_token_that_is_not_there_is_refused(tiny_models: Path, tmp_path: Pa
         bench_step.without_stops(tiny_models / "student", tmp_path / "copy", "<x>")
 
 
+def test_results_of_each_benchmark_are_written_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """So that a run that is interrupted has left what it had."""
+    made = iter([[common.Table("score/1", "Scoring: x", {}, [{"ratio_same_chunk": 1.0, "ratio_best_floor": 1.1}])]])
+
+    def answer(name: str, *_: Any) -> list[common.Table]:
+        try:
+            return next(made)
+        except StopIteration:
+            raise KeyboardInterrupt from None
+
+    monkeypatch.setattr(run, "run_job", answer)
+    monkeypatch.setattr(sys, "argv", ["run.py", "--full", "--only", "score", "tp", "--out", str(tmp_path)])
+    with pytest.raises(KeyboardInterrupt):
+        run.main()
+    found = json.loads((tmp_path / "results.json").read_text())
+    assert [table["name"] for table in found] == ["targets", "score/1", "duration"] and len(found[0]["rows"]) == 2
+    assert "### Duration" in (tmp_path / "results.md").read_text()
+
+
 def test_run_collects_tables_and_names_what_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):
     score = "--shapes 64,16,24,2000 --rounds 1 --floor-rows 64 --no-memory --no-compiled"
     monkeypatch.setattr(
@@ -163,7 +205,9 @@ def test_run_collects_tables_and_names_what_failed(tmp_path: Path, monkeypatch: 
     with pytest.raises(SystemExit, match="failed: tp"):
         run.main()
     tables = json.loads((tmp_path / "results.json").read_text())
-    assert [table["name"] for table in tables] == ["targets", "score/64x2000"]
+    assert [table["name"] for table in tables] == ["targets", "score/64x2000", "duration"]
+    assert [row["benchmark"] for row in tables[2]["rows"]] == ["score", "in all"]
+    assert tables[2]["rows"][-1]["seconds"] > 0
     assert tables[1]["command"] == f"python benchmarks/bench_score.py {score} --threads 1"
     text = (tmp_path / "results.md").read_text()
     assert "### Targets" in text and "### Scoring: T 64" in text
