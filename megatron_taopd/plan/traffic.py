@@ -36,11 +36,14 @@ def step_traffic(config: PlanConfig, student: HFModelConfig, teacher: HFModelCon
     rows = responses * config.max_response_length // parallel.context_parallel_size
     teacher_replicas = config.num_gpus // own.model_parallel_size
     teacher_tokens = config.global_batch_size * config.length // teacher_replicas
+    teacher_rows = config.global_batch_size * config.max_response_length // teacher_replicas
     recomputed = 1 if config.recompute.recompute_granularity == "full" else 0
     return [
         *_passes(config, student, parallel, "rollout", tokens=tokens, passes=1, size=size, whole=True),
         *_passes(config, teacher, own, "score", tokens=teacher_tokens, passes=1, size=size, who="teacher "),
         *_passes(config, student, parallel, "score", tokens=tokens, passes=1, size=size, who="student "),
+        *_response_rows(config, teacher, own, rows=teacher_rows // own.context_parallel_size, size=size, who="teacher "),
+        *_response_rows(config, student, parallel, rows=rows, size=size, who="student "),
         *_named(
             config,
             "score",
@@ -59,6 +62,17 @@ def _named(config: PlanConfig, phase: Phase, kind: str, num_bytes: float, span: 
         return []
     link: Literal["nvlink", "network"] = "nvlink" if span <= config.gpus_per_node else "network"
     return [Traffic(phase=phase, kind=kind, num_bytes=round(num_bytes), link=link)]
+
+
+def _response_rows(
+    config: PlanConfig, hf: HFModelConfig, parallel: ParallelConfig, *, rows: int, size: int, who: str
+) -> list[Traffic]:
+    """Final hidden states at the response positions, which every rank gathers where the sequence is cut over TP."""
+    tensor = parallel.tensor_model_parallel_size
+    if not parallel.sequence_parallel:
+        return []
+    row = hf.hidden_size * size
+    return _named(config, "score", who + "response rows (TP, SP)", rows * row * (tensor - 1) / tensor, tensor)
 
 
 def _passes(

@@ -84,6 +84,9 @@ def test_a_plan_by_hand(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert stage["kv_cache"] == 2 * 36 * 2 * 128 * 2 * 32 * 4607
     traffic = {(t["phase"], t["kind"]): t for t in plan["traffic"]}
     assert traffic["score", "statistics of the rows (TP)"]["num_bytes"] == 3 * 4 * (6 * 16 + 10) * rows
+    # Hidden states of width 2560 and 5120 in bf16, of which three of four parts come from other ranks.
+    for who, width in (("student", 2560), ("teacher", 5120)):
+        assert traffic["score", f"{who} response rows (TP, SP)"]["num_bytes"] == rows * width * 2 * 3 / 4
     # Half of (4 bytes of gradient down, 2 of weight up) goes to the other of two replicas
     assert traffic["train", "gradients (DP)"]["num_bytes"] == pytest.approx(stage["parameters"] / 2 * 6 / 2)
 
