@@ -2,7 +2,7 @@
 # make test    all tests
 # make test-latest  what Megatron can break, on the newest megatron-core that is supported (below), whatever the Python
 # make nemo-run  install nemo-run into build/nemo-run, for the tests of `taopd launch nemo-run`; without it they are skipped
-# make bench   this project against its peers, short form (BENCH_ARGS=--full: all shapes, an hour)
+# make bench   this project against its peers, short form (BENCH_ARGS=--full: all shapes, 45 minutes)
 # make check   lint, formatting, types (no tests)
 # make format  rewrite the formatting
 #

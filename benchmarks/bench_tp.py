@@ -30,7 +30,12 @@ SCORED = {"candidates": lambda k: 6 * k, "sums": lambda k: NUM_SUMS, "token": la
 """fp32 numbers of a scored row from every other rank. A candidate is a logit, an id and the other model's logit, K of
 either model; the sums are both models' softmax sums; the token's are its logits."""
 STATES, GRADIENTS, SUMS = "hidden states", "their gradients", "sums"
-QUANTITIES = {"ops.rows._collect": STATES, "ops.rows.backward": GRADIENTS, "losses.fused._normalise": SUMS}
+QUANTITIES = {
+    "ops.rows._collect": STATES,
+    "ops.rows.backward": GRADIENTS,
+    "ops.rows._sum_for_owners": GRADIENTS,
+    "losses.fused._normalise": SUMS,
+}
 """What a caller of a collective moves; the one of scoring moves all of :data:`SCORED` at once."""
 
 
