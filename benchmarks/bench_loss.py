@@ -49,12 +49,11 @@ class Entry(NamedTuple):
     rows: Callable[[Problem], torch.Tensor] | None = None
     """Rows that it takes the loss on; None means all of them."""
     checked: bool = True
+    """Against dense torch; bare products are not, nor is their memory measured."""
     packages: tuple[str, ...] = ()
     """Those of a peer."""
     compiled: bool = False
     """Its first call at a shape compiles."""
-    gradient: bool = True
-    """It makes the head's gradient."""
 
 
 def entries(shape: Shape, kl: str, chunk_bytes: int) -> dict[str, Entry]:
@@ -79,7 +78,7 @@ def entries(shape: Shape, kl: str, chunk_bytes: int) -> dict[str, Entry]:
         )
     for ratio in RATIOS:
         lines[f"matrix products alone, ρ = {ratio:g}"] = Entry(partial(matrix_products, ratio, chunk), checked=False)
-    lines[SCORING_PRODUCTS] = Entry(partial(forward_products, chunk_bytes), checked=False, gradient=False)
+    lines[SCORING_PRODUCTS] = Entry(partial(forward_products, chunk_bytes), checked=False)
     return lines
 
 
@@ -154,11 +153,10 @@ def measure(shape: Shape, args: argparse.Namespace) -> common.Table:
     for name, timing in times.items():
         row: dict[str, Any] = {"contender": name, "best": timing.best(args.clock), "median": timing.median(args.clock)}
         row["samples"] = {"wall": timing.wall, "cpu": timing.cpu}
-        if not args.no_memory:
+        if not args.no_memory and lines[name].checked:
             memory = common.in_fresh_process(memory_of, name, shape, args.kl, args.logits_chunk_bytes, args.threads)
-            wanted = weight_gradient if lines[name].gradient else 0
-            row["resident_mib"] = (memory.resident - wanted) / common.MIB
-            row["tensors_mib"] = (memory.tensors - wanted) / common.MIB
+            row["resident_mib"] = (memory.resident - weight_gradient) / common.MIB
+            row["tensors_mib"] = (memory.tensors - weight_gradient) / common.MIB
         rows.append(row)
     dense = rows[0]
     for row in rows:

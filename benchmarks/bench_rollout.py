@@ -152,7 +152,8 @@ def take_apart(cases: list[Case], sides: dict[str, Side], student: Any, args: ar
         if case.samples > 1:
             apart = [[i, *prompt[1:]] for i, prompt in enumerate(case.prompts)]
             contenders[f"{OURS}, but every prompt is another"] = (engine, replace(case, prompts=apart))
-        contenders[MEGATRON] = (loop, case)
+        if case.name in ABLATIONS:
+            contenders[MEGATRON] = (loop, case)
         if case.name == "full length":
             mean = sum(map(len, case.prompts)) // len(case.prompts)
             long = max(case.prompts, key=len)
@@ -201,7 +202,7 @@ def main() -> None:
             MEGATRON: megatron_loop(student, args.new_tokens),
         }
         cases = [make_case(name, args, student.hf.vocab_size) for name in args.cases]
-        tables = [compare(cases, sides, args)]
+        tables = [compare(cases, {name: sides[name] for name in (OURS, TRANSFORMERS)}, args)]
         if not args.no_parts:
             tables += [take_apart(cases, sides, student, args), profiled(cases[0], sides, args)]
     common.finish(tables, args)

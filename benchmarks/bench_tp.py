@@ -163,22 +163,22 @@ def measure_rank(shape: Shape, settings: dict[str, Any]) -> dict[str, dict[str, 
     return result
 
 
-def measure(shape: Shape, ranks: int, args: argparse.Namespace) -> list[dict[str, Any]]:
+def measure(shape: Shape, k: int, pool: WorkerPool, args: argparse.Namespace) -> list[dict[str, Any]]:
     """Rows of the table for one shape and one size of the group."""
+    ranks = pool.world_size
     settings = {
-        "k": args.support_k,
+        "k": k,
         "chunk_bytes": args.logits_chunk_bytes,
         "ratio": args.keep_ratio,
         "rounds": args.rounds,
         "loss": args.loss,
     }
-    with WorkerPool(ranks) as pool:
-        answers = pool.run(measure_rank, shape, settings)
+    answers = pool.run(measure_rank, shape, settings)
     kept = len(given_rows(shape.tokens, args.keep_ratio))
     rows = []
     for phase in answers[0]:
         positions = shape.tokens if phase.startswith("scoring") else kept
-        expected = sum(formula(phase, shape, ranks, args.support_k).values())
+        expected = sum(formula(phase, shape, ranks, k).values())
         received = answers[0][phase]["received"]
         # Rank by rank the rounds run side by side: a round takes as long as its slowest rank.
         rounds = zip(*(answer[phase][args.clock] for answer in answers), strict=True)
@@ -188,13 +188,13 @@ def measure(shape: Shape, ranks: int, args: argparse.Namespace) -> list[dict[str
                 "shape": str(shape),
                 "ranks": ranks,
                 "phase": phase,
-                "k": args.support_k,
+                "k": k,
                 "counted": counted,
                 "formula": expected,
                 "ratio": counted / expected if expected else None,
                 "vocab": shape.vocab,
                 "by_quantity": ", ".join(
-                    f"{name} {size / positions:,.4g}" for name, size in by_quantity(received, args.support_k).items()
+                    f"{name} {size / positions:,.4g}" for name, size in by_quantity(received, k).items()
                 ),
                 "by_caller": {name: size / positions for name, size in received.items()},
                 "calls": answers[0][phase]["calls"],
@@ -214,10 +214,15 @@ def main() -> None:
     parser.add_argument("--logits-chunk-bytes", type=int, default=TRAIN_CHUNK_BYTES)
     args = parser.parse_args()
     common.start(args)
+    shapes = [Shape.parse(text) for text in args.shapes]
+    found: dict[tuple[int, Shape, int], list[dict[str, Any]]] = {}
+    for ranks in args.ranks:
+        with WorkerPool(ranks) as pool:
+            for k in args.support_k:
+                found |= {(k, shape, ranks): measure(shape, k, pool, args) for shape in shapes}
     tables = []
     for k in args.support_k:
-        single = argparse.Namespace(**{**vars(args), "support_k": k})
-        rows = [row for text in args.shapes for n in args.ranks for row in measure(Shape.parse(text), n, single)]
+        rows = [row for shape in shapes for ranks in args.ranks for row in found[k, shape, ranks]]
         tables.append(
             common.Table(
                 name=f"tp/k{k}",

@@ -40,43 +40,43 @@ JOBS = {
     "score": Job(
         "bench_score.py",
         "--shapes 512,512,1024,32768 512,576,576,49152 --rounds 3 --floor-rows 128 512",
-        "--rounds 3 --floor-rows 256 512 1024",
+        "--rounds 3 --budget 60 --floor-rows 256 512 1024",
         (1.0, 8.0),
     ),
     "loss": Job(
         "bench_loss.py",
         "--shapes 256,512,1024,32768 --rounds 2 --logits-chunk-bytes 8388608 "
         "--only 'ours, ρ = 1' 'ρ = 0.05' TRL 'Liger compiled, our' 'two products'",
-        "--rounds 2",
-        (2.0, 15.0),
+        "--rounds 2 --budget 120",
+        (2.0, 16.0),
     ),
     "profile": Job("bench_profile.py", "--shapes 256,512,1024,32768", "", (0.3, 1.0)),
     "tp": Job(
         "bench_tp.py",
         "--shapes 256,128,256,8192 256,128,256,16384 --ranks 1 2 4 --rounds 2",
         "--support-k 8 16 --rounds 2",
-        (1.0, 2.0),
+        (0.5, 1.0),
     ),
     "growth": Job(
         "bench_growth.py",
-        "--base 256,64,128,16384 --factors 1 2 4 --ranks 1 2 --rounds 1",
-        "--factors 1 2 4 --rounds 2",
-        (1.0, 3.0),
+        "--base 256,64,128,16384 --factors 1 4 --ranks 1 2 --rounds 1",
+        "--base 1024,128,256,16384 --factors 1 2 4 --rounds 2",
+        (0.7, 2.5),
     ),
     "step": Job(
         "bench_step.py",
-        "--processes 1 --batch 4 --response-length 32 --steps 1 --rounds 1",
+        "--processes 1 --batch 4 --response-length 32 --steps 1 --rounds 1 --only 'ours, ρ = 0.1' TRL",
         "--processes 1 2 --batch 8 --response-length 48 --steps 2 --rounds 1",
-        (2.5, 8.0),
+        (2.4, 9.0),
     ),
     "carried": Job(
         "bench_carried.py", "--batch 4 --response-length 16 --steps 2", "--response-length 32 --steps 6", (1.0, 3.0)
     ),
     "rollout": Job(
         "bench_rollout.py",
-        "--batch 4 --new-tokens 8 --rounds 1",
-        "--batch 16 --new-tokens 32 --rounds 2",
-        (0.7, 4.0),
+        "--batch 4 --new-tokens 8 --rounds 1 --cases 'full length' 'early stops'",
+        "--batch 16 --new-tokens 24 --rounds 2",
+        (1.0, 5.5),
     ),
     "convert": Job("bench_convert.py", "--gigabytes 0.6", "--gigabytes 2", (0.3, 1.0)),
 }

@@ -42,7 +42,9 @@ def step_traffic(config: PlanConfig, student: HFModelConfig, teacher: HFModelCon
         *_passes(config, student, parallel, "rollout", tokens=tokens, passes=1, size=size, whole=True),
         *_passes(config, teacher, own, "score", tokens=teacher_tokens, passes=1, size=size, who="teacher "),
         *_passes(config, student, parallel, "score", tokens=tokens, passes=1, size=size, who="student "),
-        *_response_rows(config, teacher, own, rows=teacher_rows // own.context_parallel_size, size=size, who="teacher "),
+        *_response_rows(
+            config, teacher, own, rows=teacher_rows // own.context_parallel_size, size=size, who="teacher "
+        ),
         *_response_rows(config, student, parallel, rows=rows, size=size, who="student "),
         *_named(
             config,
