@@ -9,7 +9,12 @@ from common import Table
 
 def targets_table(tables: Sequence[Table]) -> Table:
     """A line a target and shape; a target that nothing measured has no line."""
-    rows = [row for find in (_score, _loss, _growth, _wire, _step, _rollout) for table in tables for row in find(table)]
+    rows = [
+        row
+        for find in (_score, _loss, _growth, _wire, _step, _rollout, _convert)
+        for table in tables
+        for row in find(table)
+    ]
     return Table(
         name="targets",
         title="Targets",
@@ -94,3 +99,10 @@ def _rollout(table: Table) -> Iterator[dict]:
     for row in table.rows:
         where = f"{row['case']}, {row['batch']} responses"
         yield _row("rollout, tokens/s ÷ transformers' generate", where, row["ratio"], at_least=1.0)
+
+
+def _convert(table: Table) -> Iterator[dict]:
+    if table.name != "convert":
+        return
+    for row in table.rows[1:]:  # the first is the copy of a file
+        yield _row(f"{row['what']}: peak memory, GB", f"{row['size_gb']} GB", float(row["peak_gb"]), at_most=0.8)
