@@ -198,7 +198,7 @@ class ScoreHeadConfig:
 
     score_head_precision: Literal["model", "fp8"] = "model"
     """fp8: D, C and all other statistics from an FP8 product with one scale a row, for GPUs that have FP8 units (a CPU
-    emulates it, slower). No faster on an H200, see docs/gpu.md. Needs no Transformer Engine."""
+    emulates it, slower). Slower on an H200, see docs/gpu.md. Needs no Transformer Engine."""
     score_head_stages: Literal[1, 2] | None = None
     """2 (default of fp8): both models' 2K best ids of the FP8 product are computed again in the model's format, so that
     D, C and what is kept are as with --score-head-precision model. 1: FP8 alone."""

@@ -15,12 +15,17 @@ import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 import transformers
 
 from megatron_taopd import cli
+from megatron_taopd.cli import parse
 from megatron_taopd.training.hooks.base import Hook
+
+if TYPE_CHECKING:
+    from megatron_taopd.training.loop import Trainer
 
 CONFIGS = Path(__file__).resolve().parent.parent / "examples/models/configs"
 GIB = 2**30
@@ -56,7 +61,7 @@ class Peaks(Hook):
     def __init__(self) -> None:
         self.bytes: list[int] = []
 
-    def on_step(self, trainer, metrics) -> None:  # type: ignore[no-untyped-def]
+    def on_step(self, trainer: Trainer, metrics: dict[str, float]) -> None:
         if torch.cuda.is_available():
             self.bytes.append(torch.cuda.max_memory_allocated())
             torch.cuda.reset_peak_memory_stats()
@@ -91,7 +96,6 @@ def main(words: Sequence[str]) -> None:
     shared += [f"--max-response-length={args.response_length}", f"--rollout-batch-size={args.batch}", "--bf16"]
     train = [f"--prompt-data={prompts}", f"--train-iters={args.steps}", f"--log-dir={logs}", "--keep-ratio=0.1"]
 
-    from megatron_taopd.cli import parse
     from megatron_taopd.commands.common import ranks
     from megatron_taopd.commands.train import run_training
     from megatron_taopd.config import TrainConfig
